@@ -4,16 +4,20 @@
 
 # %% auto #0
 __all__ = ['COLUMNS', 'COLORS', 'win_rate', 'sequence_kl', 'perplexity', 'ngrams', 'distinct_n', 'repetition', 'Meter',
-           'peak_memory', 'Answers', 'best_of', 'cell', 'table_markdown', 'frontier_plot', 'write_png', 'plain',
-           'samples_markdown']
+           'peak_memory', 'ask', 'surprise', 'Answers', 'judged', 'best_of', 'cell', 'table_markdown', 'frontier_plot',
+           'write_png', 'plain', 'samples_markdown', 'write_report']
 
 # %% ../nbs/40_evaluate.ipynb #517bebe1
-import os, re, resource, sys, time
+import json, os, re, resource, sys, time
 from dataclasses import dataclass
 from pathlib import Path
-import numpy as np
-from .core import Rollout
-from .runs import disk_errors
+import jax, numpy as np
+from flax import nnx
+from .core import Array, Batch, Rollout
+from .data import Example, collate
+from .generate import completions, generate
+from .model import Transformer, score_tokens
+from .runs import disk_errors, write_file
 from .stats import interval, middle, resample
 
 # %% ../nbs/40_evaluate.ipynb #c8b9f320
@@ -83,6 +87,48 @@ def peak_memory() -> float: # MB of 10⁶ bytes
     try: return int(re.search(r'VmHWM:\s+(\d+)', Path('/proc/self/status').read_text())[1])*1024/1e6
     except (OSError, TypeError): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss*(1 if sys.platform == 'darwin' else 1024)/1e6
 
+# %% ../nbs/40_evaluate.ipynb #3ec6841c
+@jax.jit
+def _logprobs(model, batch, temperature): return score_tokens(model, batch, temperature)[0]
+
+def _in_batches(items: list, size: int):
+    "Equal batches, the last one filled up with copies of its last item; and how many are real."
+    for start in range(0, len(items), size):
+        some = items[start:start + size]
+        yield start, len(some), some + some[-1:]*(min(size, len(items)) - len(some))
+
+def ask(
+    model: Transformer,
+    prompts: list, # Of lists of token ids
+    *,
+    key: Array,
+    reference: Transformer = None, # Its log-probabilities are wanted, too
+    max_new_tokens: int = 64,
+    temperature: float = 1.,
+    stop: tuple = (), # Token ids that end a completion
+    batch_size: int = 64,
+) -> Rollout: # A row for each prompt
+    "Sample one completion of each prompt."
+    parts, width = [], -(-max(map(len, prompts))//16)*16
+    for start, real, some in _in_batches(prompts, batch_size):
+        rollout = generate(model, some, key=key, max_new_tokens=max_new_tokens, temperature=temperature, stop=stop, width=width,
+            rows=np.arange(start, start + len(some)))
+        if reference is not None: rollout = rollout.replace(ref_logprobs=_logprobs(reference, Batch(rollout.tokens, rollout.mask), temperature))
+        parts.append(jax.tree.map(lambda x: np.asarray(x[:real]), rollout))
+    return jax.tree.map(lambda *x: np.concatenate(x), *parts)
+
+# %% ../nbs/40_evaluate.ipynb #cd3ee403
+def surprise(
+    model: Transformer,
+    examples: list[Example], # Their masks say which tokens count
+    batch_size: int = 64,
+) -> tuple[np.ndarray, np.ndarray]: # Summed log-probabilities [N] in nats, and token counts [N]
+    "What `perplexity` needs to know about texts that somebody else wrote."
+    width, sums = -(-max(len(example.tokens) for example in examples)//16)*16, []
+    for _, real, some in _in_batches(examples, batch_size):
+        sums.append(np.asarray(_logprobs(model, collate([[example] for example in some], width), 1.).sum(1))[:real])
+    return np.concatenate(sums), np.array([example.mask.sum() for example in examples])
+
 # %% ../nbs/40_evaluate.ipynb #f27bc70a
 @dataclass
 class Answers:
@@ -105,6 +151,22 @@ class Answers:
             win_rate=win[0], win_low=win[1], win_high=win[2], kl=kl[0], kl_low=kl[1], kl_high=kl[2],
             length=float(np.mean(self.length)), distinct_2=distinct_n(self.texts), repetition=repetition(self.texts),
             perplexity=human[0], seconds=round(self.seconds, 1), peak_mb=round(self.peak_mb))
+
+# %% ../nbs/40_evaluate.ipynb #c9092a42
+def judged(
+    model: str, # Its name
+    rollout: Rollout, # Of `ask`
+    tokenizer,
+    gold, # Texts → [N], the true reward
+    reward, # Rollout → [N], the proxy
+    human: tuple, # Of `surprise`
+    meter: Meter = None, # What making the model took
+) -> Answers:
+    "The completions with their scores."
+    texts, mask = completions(rollout, tokenizer), np.asarray(rollout.mask)
+    apart = 0 if rollout.ref_logprobs is None else np.where(mask, rollout.logprobs - rollout.ref_logprobs, 0).sum(1)
+    return Answers(model, texts, np.asarray(gold(texts)), np.asarray(reward(rollout)), np.zeros(len(texts)) + apart, mask.sum(1), human,
+        *((meter.seconds, meter.peak_mb) if meter else ()))
 
 # %% ../nbs/40_evaluate.ipynb #a0912051
 def best_of(
@@ -193,3 +255,18 @@ def samples_markdown(
         lines = [f'| {a.model} | {plain(a.texts[i]) or "(ended at once)"} | {a.gold[i]:.2f} |' for a in answers]
         blocks.append('\n'.join([f'**{i + 1}.** {plain(prompt)}\n', '| model | completion | gold |', '| --- | --- | --: |', *lines]))
     return '\n\n'.join(blocks) + '\n'
+
+# %% ../nbs/40_evaluate.ipynb #c866f545
+def write_report(
+    folder, # Gets report.md, table.json and frontier.png
+    rows: list[dict],
+    text: str, # Markdown: what was done, above the table
+    samples: str, # Markdown, below it
+    plotted = None, # Names of the rows in the picture; None: all
+):
+    "Write what an evaluation found."
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    frontier_plot([row for row in rows if plotted is None or row['model'] in plotted], folder/'frontier.png')
+    write_file(folder/'table.json', json.dumps(rows, indent=1) + '\n')
+    write_file(folder/'report.md', f'{text}\n\n{table_markdown(rows)}\n![gold score against KL](frontier.png)\n\n## Samples\n\n{samples}')
