@@ -1,0 +1,275 @@
+"The app from outside: what it serves, what it refuses, and a person's visit in a real browser."
+import json, queue, shutil, socket, sqlite3, subprocess, sys, threading, time
+from pathlib import Path
+import pytest, uvicorn
+from fastapi.testclient import TestClient
+from rlhf_lab import app as lab
+from rlhf_lab.core import LabError
+from rlhf_lab.feedback import Feedback
+
+HOSTILE = '''<script>window.ran = 1</script><img src=http://evil.example/a.png onerror="window.ran = 2"> ![md](http://evil.example/b.png)
+[link](javascript:window.ran=3) <a href="data:text/html,x">d</a> <svg onload="window.ran=4"></svg><iframe src=http://evil.example/c></iframe>
+<form action=http://evil.example/d><input name=q></form><div style="position:fixed;inset:0;background:url(http://evil.example/e.png)">over</div>
+
+# Heading
+<video src=http://evil.example/f.mp4 autoplay></video><audio src=http://evil.example/g.mp3></audio><style>@import "http://evil.example/h.css";</style>
+<details open ontoggle="window.ran=5">x</details><x-y onclick=1></x-y><base href=http://evil.example/><meta http-equiv=refresh content="0;url=http://evil.example/i">
+http://evil.example/auto [ref][r] $\\href{http://evil.example/j}{x}$ ${window.ran=6} {{value}} `code` </div></div>
+
+[r]: http://evil.example/k
+```mermaid
+graph TD; A-->B
+```
+end of the answer'''
+
+class Toy:
+    "Four models that need no weights."
+    gone, writing = (), 0
+    says = {'base': HOSTILE, 'sft': 'It is a good film, I think.', 'ppo': 'Wonderful. Wonderful. Wonderful.', 'dpo': 'Quiet, and very funny.'}
+    def missing(self, stage): return lab.COMMAND if stage in self.gone else ''
+    def answer(self, stage, prompt, *, seed, temperature, max_new_tokens):
+        if prompt == 'break': raise LabError(f'no <b>room</b> for {stage}')
+        if prompt == 'crash': raise KeyError('secret')
+        yield dict(prompt=[{'role': 'user', 'content': prompt}], model=stage, run='toy')
+        words = self.says[stage].split(' ') if prompt != 'forever' else ['word']*10_000
+        Toy.writing += 1
+        try:
+            for n in range(len(words)):
+                time.sleep(.002 if prompt != 'forever' else .02)
+                yield ' '.join(words[:n + 1])
+        finally: Toy.writing -= 1
+
+@pytest.fixture(scope='module')
+def place(tmp_path_factory): return tmp_path_factory.mktemp('app')
+
+@pytest.fixture(scope='module')
+def store(place): return Feedback(place/'votes.db')
+
+@pytest.fixture(scope='module')
+def app(store): return lab.build(Toy(), store)[0]
+
+@pytest.fixture
+def client(app): return TestClient(app, raise_server_exceptions=False)
+
+def call(client, target, *data):
+    "Run the event of a button, or of loading the page, as any program on the network could."
+    config = client.get('/config').json()
+    named = {part['id']: part['props'].get('elem_id') for part in config['components']}
+    index = next(d['id'] for d in config['dependencies'] if target in [name for part, event in d['targets'] for name in (named.get(part), event)])
+    return client.post('/gradio_api/run/predict', json={'data': list(data), 'fn_index': index, 'session_hash': 'abc'})
+
+# What is served
+
+def test_the_page_is_served_and_knows_all_four(client):
+    page = client.get('/')
+    assert page.status_code == 200 and all(f'answer-{stage}' in page.text for stage in lab.STAGES)
+
+@pytest.mark.parametrize('method, path', [('GET', '/'), ('GET', '/config'), ('GET', '/theme.css'), ('GET', '/nothing'), ('GET', '/docs'),
+    ('GET', '/gradio_api/info'), ('GET', '/gradio_api/file=/etc/passwd'), ('POST', '/gradio_api/run/predict'), ('GET', '/gradio_api/queue/data'),
+    ('PUT', '/'), ('GET', '/boom')])
+def test_every_reply_carries_the_headers(app, client, method, path):
+    if path == '/boom': app.routes.insert(0, __import__('starlette.routing').routing.Route('/boom', lambda request: 1/0))
+    headers = client.request(method, path).headers
+    assert {name: headers.get(name) for name in lab.HEADERS} == lab.HEADERS
+
+def test_a_crash_is_a_500_without_its_story(app, client):
+    app.routes.insert(0, __import__('starlette.routing').routing.Route('/bang', lambda request: {}['secret']))
+    reply = client.get('/bang')
+    assert reply.status_code == 500 and 'secret' not in reply.text
+
+def test_no_file_leaves_the_machine(client, store):
+    for path in (store.path, '/etc/passwd', Path(lab.__file__)): assert client.get(f'/gradio_api/file={path}').status_code in (403, 404)
+
+def test_nothing_is_offered_to_programs(client):
+    assert client.get('/gradio_api/info').json() == {'named_endpoints': {}, 'unnamed_endpoints': {}}
+    assert client.get('/docs').status_code == client.get('/openapi.json').status_code == 404
+
+# What is refused
+
+@pytest.mark.parametrize('ids', [{}, None, 'x', [1], {'sft': '01M0000000000000000000000A'}, {'sft': {'$ne': 1}}, {'sft': "' OR 1=1 --"}, {'base': 1}])
+def test_a_vote_on_an_unknown_answer_is_refused_and_writes_nothing(client, store, ids):
+    before = store.read('SELECT count(*) AS n FROM event')
+    reply = call(client, 'up-sft', 'Like', ids)
+    assert reply.status_code == 200 and 'Not saved' in reply.text
+    assert store.read('SELECT count(*) AS n FROM event') == before
+
+def test_a_vote_sets_what_the_person_saw(client, store):
+    ids = {'sft': store.record('Hi', 'Hello!', model='sft')}
+    for label, now in (('Like', 'up'), ('Like', 'up'), ('Liked ✓', 'none'), ('Liked ✓', 'none')):
+        assert call(client, 'up-sft', label, ids).status_code == 200 and store.value(ids['sft']) == now
+    assert store.read('SELECT count(*) AS n FROM event WHERE generation_id = ?', ids['sft']) == [{'n': 2}]
+
+def test_ids_from_a_browser_are_not_believed(client):
+    reply = call(client, 'load', {'sft': '../../etc/passwd', 'evil': 'x'}).json()
+    assert 'The answer will appear here' in str(reply['data'])
+
+# Answers
+
+def converse(store, prompt, models=None, halt=None, **sampling):
+    import asyncio
+    async def run():
+        answers, steps = {}, 0
+        async for changed in lab.converse(models or Toy(), lab.Engine(), store, prompt, dict(seed=0, temperature=1., max_new_tokens=999) | sampling,
+                halt or threading.Event(), .01): answers.update(changed); steps += 1
+        return answers, steps
+    return asyncio.run(run())
+
+def test_all_columns_move_together(store):
+    order = queue.SimpleQueue()
+    engine = lab.Engine()
+    for stage in lab.STAGES: engine.submit((time.sleep(.005) for _ in range(5)), lambda piece, stage=stage: order.put(stage))
+    stages = [order.get(timeout=5) for _ in range(20)]
+    assert all(abs(stages[:8].count(stage) - 2) <= 1 for stage in lab.STAGES)
+
+def test_a_missing_model_says_what_to_run_and_the_others_answer(store):
+    toy = Toy(); toy.gone = ('ppo',)
+    answers, _ = converse(store, 'Hi', toy)
+    assert (answers['ppo'].state, answers['ppo'].note) == ('missing', lab.COMMAND)
+    assert [answers[stage].state for stage in ('base', 'sft', 'dpo')] == ['done']*3
+    assert lab.inert(lab.COMMAND) in lab.card('ppo', answers['ppo'])
+
+def test_no_model_at_all_is_a_sentence(tmp_path, store):
+    answers, _ = converse(store, 'Hi', lab.Models(tmp_path, str(tmp_path/'nowhere')))
+    assert [a.state for a in answers.values()] == ['failed', 'missing', 'missing', 'missing']
+    assert 'nowhere' in answers['base'].note and '\n' not in answers['base'].note
+
+def test_errors_are_sentences_and_secrets_stay(store, capsys):
+    answers, _ = converse(store, 'break')
+    assert '&#60;b&#62;room' in lab.card('sft', answers['sft'])
+    answers, _ = converse(store, 'crash')
+    assert 'secret' not in answers['sft'].note and 'KeyError' in answers['sft'].note
+    assert 'secret' in capsys.readouterr().err
+
+def test_a_store_that_cannot_write_costs_the_vote_only(tmp_path):
+    store = Feedback(tmp_path/'votes.db')
+    store.db.execute('PRAGMA query_only = 1')
+    answers, _ = converse(store, 'Hi')
+    assert answers['sft'].text == Toy.says['sft'] and 'Not saved' in answers['sft'].note and not answers['sft'].id
+    assert 'Not saved' in lab.card('sft', answers['sft']) and not lab.thumb(answers['sft'], 'up')['visible']
+
+def test_stop_keeps_what_was_written(store):
+    halt = threading.Event()
+    threading.Timer(.3, halt.set).start()
+    answers, _ = converse(store, 'forever', halt=halt)
+    kept = store.generation(answers['dpo'].id)
+    assert kept['finish_reason'] == 'stopped' and kept['completion'].startswith('word')
+
+def test_an_answer_that_ends_at_once_can_be_voted_on(store):
+    toy = Toy(); toy.says = dict.fromkeys(lab.STAGES, '')
+    class Silent(Toy):
+        def answer(self, stage, prompt, **_): yield dict(prompt=prompt, model=stage)
+    answers, _ = converse(store, 'Hi', Silent())
+    assert '(the model ended immediately)' in lab.card('sft', answers['sft']) and store.vote(answers['sft'].id, 'down')
+
+def test_numbers_from_a_browser_are_brought_into_range():
+    assert [lab.within(n, 1, 512) for n in (10**9, -3, None, 64.)] == [512, 1, 1, 64]
+
+def test_too_many_streams_are_refused_in_words():
+    engine, block = lab.Engine(limit=1), threading.Event()
+    engine.submit(iter(block.wait, None), print)
+    with pytest.raises(LabError, match='ask again'): engine.submit(iter([]), print)
+
+# The door
+
+def test_sharing_is_refused_and_a_taken_port_named(monkeypatch, capsys):
+    monkeypatch.setenv('RLHF_LAB_SHARE', 'true')
+    with pytest.raises(LabError, match='never shared'): lab.address()
+    monkeypatch.setenv('RLHF_LAB_SHARE', 'false')
+    with socket.create_server(('127.0.0.1', 0)) as taken:
+        monkeypatch.setenv('RLHF_LAB_PORT', str(port := taken.getsockname()[1]))
+        with pytest.raises(LabError, match=f'{port}.*another port'): lab.address()
+    monkeypatch.setenv('RLHF_LAB_HOST', '0.0.0.0')
+    lab.address()
+    assert 'everyone who can reach' in capsys.readouterr().err
+
+# A visit
+
+@pytest.fixture(scope='module')
+def address(app):
+    with socket.create_server(('127.0.0.1', 0)) as free: port = free.getsockname()[1]
+    server = uvicorn.Server(uvicorn.Config(app, host='127.0.0.1', port=port, log_level='error'))
+    thread = threading.Thread(target=server.run, daemon=True); thread.start()
+    while not server.started: time.sleep(.05)
+    yield f'http://127.0.0.1:{port}/'
+    server.should_exit = server.force_exit = True; thread.join(5)
+
+@pytest.fixture(scope='module')
+def browser():
+    found = next(filter(None, map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome', 'chrome'))), None)
+    if not found: pytest.skip('no chromium here')
+    from playwright.sync_api import sync_playwright
+    flags = ('headless no-sandbox disable-gpu disable-quic no-first-run disable-background-networking disable-component-update disable-sync').split()
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=found, args=[f'--{flag}' for flag in flags])
+        yield browser
+        browser.close()
+
+@pytest.fixture
+def visit(browser, address):
+    context = browser.new_context(viewport=dict(width=1280, height=800))
+    page = context.new_page()
+    page.asked, page.errors = [], []
+    page.on('request', lambda request: page.asked.append(request.url))
+    page.on('pageerror', lambda error: page.errors.append(str(error)))
+    page.on('console', lambda said: page.errors.append(said.text) if said.type == 'error' else None)
+    page.set_default_timeout(10_000)
+    page.goto(address); page.wait_for_selector('#answer-dpo .card')
+    yield page
+    assert not [url for url in page.asked if not url.startswith((address, 'data:', 'blob:'))], 'external requests'
+    assert not page.errors
+    context.close()
+
+def ask(page, prompt):
+    page.fill('#prompt textarea', prompt); page.click('#send')
+    for stage in lab.STAGES: page.wait_for_selector(f'#answer-{stage} .card.done')
+    page.wait_for_function("document.querySelector('#status').innerText.includes('complete')")
+
+@pytest.mark.e2e
+def test_a_person_asks_votes_comes_back_and_changes_their_mind(visit, store):
+    prompt = 'Continue this film review: The plot'
+    ask(visit, prompt)
+    assert visit.inner_text('#answer-dpo .text') == Toy.says['dpo']
+    visit.click('#up-dpo'); visit.wait_for_selector('#up-dpo.pressed')
+    with sqlite3.connect(store.path) as db:
+        row = db.execute('SELECT prompt, completion, model, run, sampling, value, ts FROM vote WHERE prompt = ?', [prompt]).fetchall()
+    assert len(row) == 1 and row[0][:4] == (prompt, Toy.says['dpo'], 'dpo', 'toy') and row[0][5] == 'up' and abs(row[0][6]/1e6 - time.time()) < 60
+    assert json.loads(row[0][4]) == dict(temperature=.7, max_new_tokens=64, seed=0)
+    visit.reload()
+    visit.wait_for_selector('#up-dpo.pressed') # the store remembers
+    assert visit.input_value('#prompt textarea') == prompt
+    visit.click('#down-dpo'); visit.wait_for_selector('#down-dpo.pressed')
+    assert 'pressed' not in visit.get_attribute('#up-dpo', 'class')
+    visit.click('#down-dpo'); visit.wait_for_selector('#down-dpo:not(.pressed)')
+    assert not [vote for vote in store.votes() if vote['prompt'] == prompt]
+    chain = 'SELECT event.value FROM event JOIN generation ON generation.id = generation_id WHERE prompt = ? ORDER BY event.id'
+    assert [event['value'] for event in store.read(chain, prompt)] == ['up', 'down', 'none']
+
+@pytest.mark.e2e
+def test_hostile_text_is_only_text(visit):
+    ask(visit, HOSTILE)
+    assert visit.inner_text('#answer-base .text').split() == HOSTILE.split()
+    assert visit.locator('#columns').locator('img, script, svg, iframe, form, video, audio, style, a, base, meta, h1, details, pre').count() == 0
+    assert visit.evaluate('window.ran') is None
+    visit.reload(); visit.wait_for_selector('#answer-base .card.done')
+    assert visit.evaluate('window.ran') is None
+
+@pytest.mark.e2e
+def test_keys_ask_and_stop_and_a_phone_needs_no_sideways_scrolling(visit, store):
+    visit.set_viewport_size(dict(width=320, height=700))
+    visit.fill('#prompt textarea', 'forever'); visit.keyboard.press('Control+Enter')
+    visit.wait_for_selector('#answer-sft .card.writing'); visit.wait_for_selector('#stop')
+    visit.keyboard.press('Escape'); visit.wait_for_selector('#answer-sft .card.done')
+    assert 'stopped' in visit.inner_text('#answer-sft')
+    assert visit.evaluate('document.documentElement.scrollWidth') <= 320
+    assert visit.get_attribute('#status', 'role') == 'status'
+
+@pytest.mark.e2e
+def test_leaving_the_page_stops_the_writing(browser, address):
+    context = browser.new_context(); page = context.new_page(); page.goto(address)
+    page.fill('#prompt textarea', 'forever'); page.click('#send'); page.wait_for_selector('#answer-sft .card.writing')
+    assert Toy.writing == 4
+    context.close()
+    for _ in range(100):
+        if not Toy.writing: break
+        time.sleep(.1)
+    assert Toy.writing == 0
