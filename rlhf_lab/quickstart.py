@@ -4,17 +4,20 @@
 
 # %% auto #0
 __all__ = ['OPENING', 'SHARES', 'Review', 'tidy', 'film_reviews', 'place', 'split_reviews', 'snippets', 'GoldScorer',
-           'film_prompts', 'toy_reviews']
+           'film_prompts', 'toy_reviews', 'save_toy', 'label_pairs', 'compare']
 
 # %% ../nbs/44_quickstart.ipynb #e7b33bae
 import csv, hashlib, random, re
 from pathlib import Path
 from typing import NamedTuple
-import numpy as np
+import jax, numpy as np
 from .core import DataError
-from .runs import cache_dir
+from .evaluate import ask, best_of, judged, surprise
+from .model import ModelConfig, Transformer
 from .stats import interval
-from .weights import fetch_package
+from .tokens import encode_prompt, train_tokenizer
+from .data import tokenize_rows
+from .weights import fetch_package, load_model, save_model
 
 # %% ../nbs/44_quickstart.ipynb #15656712
 class Review(NamedTuple):
@@ -139,3 +142,58 @@ def toy_reviews(
         said = [f'the {one(parts)} was {one(verdicts[(draw.random() < 0.8) == i % 2])}' for _ in range(9)]
         reviews.append(Review(f'{opening} . ' + ' , '.join(said) + ' .', i % 2 == 1, 'toy'))
     return reviews
+
+# %% ../nbs/44_quickstart.ipynb #60162f7e
+def save_toy(
+    folder, # Gets a Hugging Face directory
+    reviews: list[Review], # Its tokenizer learns from them
+    seed: int = 0,
+) -> str: # The folder, as a name for `load_model`
+    "A tiny untrained model on disk, for trying things out."
+    tokenizer = train_tokenizer([review.text for review in reviews] + ['Continue this film review:'], 512)
+    config = ModelConfig(vocab_size=len(tokenizer), hidden_size=64, num_layers=3, num_heads=4, num_kv_heads=2, head_dim=16,
+        intermediate_size=128, max_length=256, tie_embeddings=True)
+    save_model(Transformer(config, key=jax.random.key(seed)), tokenizer, folder)
+    return str(folder)
+
+# %% ../nbs/44_quickstart.ipynb #29a3c7fd
+def label_pairs(
+    prompts: list, # [N]
+    first: list[str], # [N] a completion of each
+    second: list[str], # [N] another one
+    gold, # Texts → [N] scores in log-odds
+    seed: int = 0,
+) -> list[dict]: # Rows with prompt, chosen and rejected; empty and identical completions are left out
+    "Let the gold scorer choose: P(first) = sigmoid(gold(first) − gold(second)) (Bradley and Terry 1952)."
+    first_wins = np.random.default_rng(seed).random(len(prompts)) < 1/(1 + np.exp(gold(second) - gold(first)))
+    pairs = [(prompt, a, b) if wins else (prompt, b, a) for prompt, a, b, wins in zip(prompts, first, second, first_wins)]
+    return [dict(prompt=prompt, chosen=a, rejected=b) for prompt, a, b in pairs if a.strip() and b.strip() and a != b]
+
+# %% ../nbs/44_quickstart.ipynb #058104ec
+def compare(
+    folders: dict, # Name → model directory, or a name that `load_model` knows; `sft` is the reference
+    meters: dict, # Name → `Meter` of the stage that made it, where there is one
+    rows: list[dict], # Of `film_prompts`
+    gold, # Texts → [N]
+    reward, # Rollout → [N]
+    *,
+    key,
+    candidates: int = 4, # Of best-of-n
+    **how, # Further arguments of `ask`
+) -> tuple: # Rows of the table, and all `Answers` by name
+    "Ask every model, and judge."
+    sft, tokenizer = load_model(folders['sft'])
+    prompts = [encode_prompt(tokenizer, row['prompt']) for row in rows]
+    written = tokenize_rows([{name: row[name] for name in ('prompt', 'completion')} for row in rows], tokenizer, eos=False)
+    def answers(name, model, number, reference=None, human=None):
+        rollout = ask(model, prompts, key=jax.random.fold_in(key, number), reference=reference, **how)
+        return judged(name, rollout, tokenizer, gold, reward, human or surprise(model, written), meters.get(name))
+    rival = answers('sft', sft, 0)
+    samples = [answers('sft', sft, number, human=rival.human) for number in range(1, candidates + 1)]
+    every = {name: rival if name == 'sft' else answers(name, load_model(folder)[0], candidates + 1, sft) for name, folder in folders.items()}
+    coin = np.random.default_rng(0).random((len(rows), candidates))
+    lengths = np.stack([[len(text) for text in sample.texts] for sample in samples], axis=1)
+    judges = dict(best=np.stack([sample.reward for sample in samples], axis=1), longest=lengths, random=coin)
+    for name, judge in judges.items(): every[f'{name}-of-{candidates}'] = best_of(f'{name}-of-{candidates}', samples, judge)
+    every[f'random-of-{candidates}'].kl[:] = 0
+    return [one.row(rival) for one in every.values()], every
