@@ -160,13 +160,14 @@ def judged(
     gold, # Texts → [N], the true reward
     reward, # Rollout → [N], the proxy
     human: tuple, # Of `surprise`
-    meter: Meter = None, # What making the model took
+    seconds: float = 0., # What making the model took
+    peak_mb: float = 0.,
 ) -> Answers:
     "The completions with their scores."
     texts, mask = completions(rollout, tokenizer), np.asarray(rollout.mask)
     apart = 0 if rollout.ref_logprobs is None else np.where(mask, rollout.logprobs - rollout.ref_logprobs, 0).sum(1)
     return Answers(model, texts, np.asarray(gold(texts)), np.asarray(reward(rollout)), np.zeros(len(texts)) + apart, mask.sum(1), human,
-        *((meter.seconds, meter.peak_mb) if meter else ()))
+        seconds, peak_mb)
 
 # %% ../nbs/40_evaluate.ipynb #a0912051
 def best_of(

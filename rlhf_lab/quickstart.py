@@ -8,15 +8,16 @@ __all__ = ['OPENING', 'SHARES', 'Review', 'tidy', 'film_reviews', 'place', 'spli
 
 # %% ../nbs/44_quickstart.ipynb #e7b33bae
 import csv, hashlib, random, re
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 import jax, numpy as np
 from .core import DataError
+from .data import tokenize_rows
 from .evaluate import ask, best_of, judged, surprise
 from .model import ModelConfig, Transformer
 from .stats import interval
 from .tokens import encode_prompt, train_tokenizer
-from .data import tokenize_rows
 from .weights import fetch_package, load_model, save_model
 
 # %% ../nbs/44_quickstart.ipynb #15656712
@@ -172,28 +173,31 @@ def label_pairs(
 # %% ../nbs/44_quickstart.ipynb #058104ec
 def compare(
     folders: dict, # Name → model directory, or a name that `load_model` knows; `sft` is the reference
-    meters: dict, # Name → `Meter` of the stage that made it, where there is one
+    took: dict, # Name → seconds and peak_mb of the stage that made it, where there is one
     rows: list[dict], # Of `film_prompts`
     gold, # Texts → [N]
     reward, # Rollout → [N]
     *,
     key,
     candidates: int = 4, # Of best-of-n
+    compute: str = 'float32', # Precision of products
     **how, # Further arguments of `ask`
 ) -> tuple: # Rows of the table, and all `Answers` by name
     "Ask every model, and judge."
-    sft, tokenizer = load_model(folders['sft'])
+    sft, tokenizer = load_model(folders['sft'], compute=compute)
+    how = dict(how, stop=(tokenizer.eos_token_id,))
     prompts = [encode_prompt(tokenizer, row['prompt']) for row in rows]
     written = tokenize_rows([{name: row[name] for name in ('prompt', 'completion')} for row in rows], tokenizer, eos=False)
     def answers(name, model, number, reference=None, human=None):
         rollout = ask(model, prompts, key=jax.random.fold_in(key, number), reference=reference, **how)
-        return judged(name, rollout, tokenizer, gold, reward, human or surprise(model, written), meters.get(name))
+        return judged(name, rollout, tokenizer, gold, reward, human or surprise(model, written), **took.get(name, {}))
     rival = answers('sft', sft, 0)
     samples = [answers('sft', sft, number, human=rival.human) for number in range(1, candidates + 1)]
-    every = {name: rival if name == 'sft' else answers(name, load_model(folder)[0], candidates + 1, sft) for name, folder in folders.items()}
+    every = {name: rival if name == 'sft' else answers(name, load_model(folder, compute=compute)[0], candidates + 1, sft) for name, folder in folders.items()}
     coin = np.random.default_rng(0).random((len(rows), candidates))
     lengths = np.stack([[len(text) for text in sample.texts] for sample in samples], axis=1)
     judges = dict(best=np.stack([sample.reward for sample in samples], axis=1), longest=lengths, random=coin)
-    for name, judge in judges.items(): every[f'{name}-of-{candidates}'] = best_of(f'{name}-of-{candidates}', samples, judge)
-    every[f'random-of-{candidates}'].kl[:] = 0
+    chosen = {name: best_of(f'{name}-of-{candidates}', samples, judge) for name, judge in judges.items()}
+    chosen['random'].kl[:] = 0
+    every.update({one.model: replace(one, **took.get('reward' if name == 'best' else 'sft', {})) for name, one in chosen.items()})
     return [one.row(rival) for one in every.values()], every
