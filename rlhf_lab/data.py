@@ -265,7 +265,7 @@ class Batches:
         self.batch_size, self.seed, self.epochs, self.drop_last, self.pack = batch_size, seed, epochs, drop_last, pack
         self.extras = {name: np.asarray(v) if hasattr(v, 'ndim') else v for name, v in (extras or {}).items()}
         if odd := next((name for name, v in self.extras.items() if len(v) != len(examples)), None):
-            raise DataError(f'extra {odd!r} has {len(self.extras[odd])} entries, not {len(examples)}: give one for each')
+            raise DataError(f'extra {odd!r} has {len(self.extras[odd])} entries: give {len(examples)}, one for each')
         self.pad_id, self.epoch, self.position = pad_id, 0, 0
         self.index = None # the examples of the batch at hand, -1 where a row is empty
         self.per_epoch, self.spent = len(self.plan(0)), False

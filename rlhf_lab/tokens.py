@@ -179,7 +179,7 @@ def encode_example(
     text = completion if isinstance(completion, str) else completion[-1]['content']
     before, after = encode_prompt(tokenizer, prompt), text_ids(tokenizer, text) + [tokenizer.eos_token_id]*eos
     if max_length is not None and len(after) >= max_length:
-        raise DataError(f'the completion takes {len(after)} tokens, one is before it, {max_length} fit: raise max_length')
+        raise DataError(f'the completion takes {len(after)} tokens, the prompt one, {max_length} fit: raise max_length')
     before = before[-(max_length - len(after)):] if max_length is not None else before
     return before + after, [False]*len(before) + [True]*len(after)
 
