@@ -41,7 +41,8 @@ CREATE TABLE IF NOT EXISTS event (
     supersedes TEXT UNIQUE REFERENCES event -- unique: a chain never forks
 ) STRICT;
 CREATE INDEX IF NOT EXISTS event_generation ON event(generation_id);
-CREATE TRIGGER IF NOT EXISTS event_forever BEFORE UPDATE ON event BEGIN SELECT RAISE(ABORT, 'events are never changed'); END;
+CREATE TRIGGER IF NOT EXISTS event_forever BEFORE UPDATE ON event
+    BEGIN SELECT RAISE(ABORT, 'events are never changed'); END;
 CREATE VIEW IF NOT EXISTS last_event AS
     SELECT event.* FROM event LEFT JOIN event AS later ON later.supersedes = event.id WHERE later.id IS NULL;
 CREATE VIEW IF NOT EXISTS vote AS
@@ -60,7 +61,8 @@ def complaint(path, error) -> str:
         'malformed': 'is damaged: move it away and put a backup in its place',
         'unable to open': 'cannot be opened: check that the folder exists and that you may write there',
         'readonly': 'cannot be written: check its permissions'}
-    return f'feedback store {path} ' + next((text for sign, text in known.items() if sign in str(error)), f'failed: {error}')
+    found = (text for sign, text in known.items() if sign in str(error))
+    return f'feedback store {path} ' + next(found, f'failed: {error}')
 
 # %% ../nbs/12_feedback.ipynb #50c6dd40
 class Ledger:
@@ -71,7 +73,8 @@ class Ledger:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self.db = sqlite3.connect(self.path, timeout=wait, isolation_level=None, check_same_thread=False)
             self.db.row_factory = sqlite3.Row
-            for pragma in ('journal_mode=WAL', 'synchronous=FULL', 'foreign_keys=ON'): self.db.execute(f'PRAGMA {pragma}')
+            for pragma in ('journal_mode=WAL', 'synchronous=FULL', 'foreign_keys=ON'):
+                self.db.execute(f'PRAGMA {pragma}')
             version = self.db.execute('PRAGMA user_version').fetchone()[0]
             if version > 1: raise LabError(f'feedback store {self.path} was made by a newer rlhf_lab: update this one')
             if version < 1: self.db.executescript(f'BEGIN IMMEDIATE; {SCHEMA} COMMIT;')
@@ -94,7 +97,8 @@ class Ledger:
         with self.lock, self.plainly(): return [dict(row) for row in self.db.execute(query, values)]
 
     def insert(self, table: str, **values):
-        self.db.execute(f'INSERT INTO {table} ({", ".join(values)}) VALUES ({", ".join("?"*len(values))})', [*values.values()])
+        marks = ', '.join('?'*len(values))
+        self.db.execute(f'INSERT INTO {table} ({", ".join(values)}) VALUES ({marks})', [*values.values()])
 
     def close(self):
         with self.lock: self.db.close()
@@ -132,7 +136,8 @@ def write_rows(path, rows: list) -> Path:
     "Write `rows` as JSON lines. Raises DataError when there are none or when chats and plain texts are mixed."
     path, forms = Path(path), {type(row['prompt']) for row in rows}
     if not rows: raise DataError(f'nothing to write to {path}: there are no votes of this kind yet')
-    if len(forms) > 1: raise DataError(f'{path} cannot hold chats and plain texts in one column: write them to two files')
+    if len(forms) > 1:
+        raise DataError(f'{path} cannot hold chats and plain texts in one column: write them to two files')
     draft = path.with_name(f'.{path.name}.{ulid()}')
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -176,16 +181,21 @@ class Feedback(Ledger):
         if not found: raise LabError(f'no answer {name!r:.40} in {self.path}: it was never stored, or in another store')
         return found[0]
 
+    def last(self, name: str) -> dict: # id, value
+        "The newest event about an answer, or a value of none."
+        found = self.read('SELECT id, value FROM last_event WHERE generation_id = ?', name)
+        return found[0] if found else {'id': None, 'value': 'none'}
+
     def value(self, name: str) -> str: # up, down or none
         "What is thought of an answer now."
-        return next((e['value'] for e in self.read('SELECT value FROM last_event WHERE generation_id = ?', name)), 'none')
+        return self.last(name)['value']
 
     def vote(self, name: str, value: str) -> str: # The id of the event; None: it was so already
         "Set what is thought of an answer: up, down or none."
         if value not in ('up', 'down', 'none'): raise UsageError(f'a vote is up, down or none, not {value!r:.40}')
         with self.transaction():
             self.generation(name)
-            last = (self.read('SELECT id, value FROM last_event WHERE generation_id = ?', name) or [{'id': None, 'value': 'none'}])[0]
+            last = self.last(name)
             if value == last['value']: return None
             event = ulid()
             self.insert('event', id=event, ts=time.time_ns()//1000, kind='withdraw' if value == 'none' else 'thumb',
@@ -201,5 +211,6 @@ class Feedback(Ledger):
         kind: str = 'rows', # rows: `{prompt, completion, label}`; pairs: `{prompt, chosen, rejected}`
     ) -> Path:
         "Write the live votes as JSON lines, which `datasets` and `load_rows` read."
-        if kind not in ('rows', 'pairs'): raise UsageError(f'feedback is exported as rows or as pairs, not as {kind!r:.40}')
+        if kind not in ('rows', 'pairs'):
+            raise UsageError(f'feedback is exported as rows or as pairs, not as {kind!r:.40}')
         return write_rows(path, {'rows': self.rows, 'pairs': self.pairs}[kind]())

@@ -1,19 +1,25 @@
 "The app from outside: what it serves, what it refuses, and a person's visit in a real browser."
-import json, queue, shutil, socket, sqlite3, subprocess, sys, threading, time
+import asyncio, json, queue, shutil, socket, sqlite3, threading, time
 from pathlib import Path
 import pytest, uvicorn
 from fastapi.testclient import TestClient
+from starlette.routing import Route
 from rlhf_lab import app as lab
 from rlhf_lab.core import LabError
 from rlhf_lab.feedback import Feedback
 
-HOSTILE = '''<script>window.ran = 1</script><img src=http://evil.example/a.png onerror="window.ran = 2"> ![md](http://evil.example/b.png)
-[link](javascript:window.ran=3) <a href="data:text/html,x">d</a> <svg onload="window.ran=4"></svg><iframe src=http://evil.example/c></iframe>
-<form action=http://evil.example/d><input name=q></form><div style="position:fixed;inset:0;background:url(http://evil.example/e.png)">over</div>
+HOSTILE = '''<script>window.ran = 1</script><img src=http://evil.example/a.png onerror="window.ran = 2">
+![md](http://evil.example/b.png)
+[link](javascript:window.ran=3) <a href="data:text/html,x">d</a> <svg onload="window.ran=4"></svg>
+<iframe src=http://evil.example/c></iframe>
+<form action=http://evil.example/d><input name=q></form>
+<div style="position:fixed;inset:0;background:url(http://evil.example/e.png)">over</div>
 
 # Heading
-<video src=http://evil.example/f.mp4 autoplay></video><audio src=http://evil.example/g.mp3></audio><style>@import "http://evil.example/h.css";</style>
-<details open ontoggle="window.ran=5">x</details><x-y onclick=1></x-y><base href=http://evil.example/><meta http-equiv=refresh content="0;url=http://evil.example/i">
+<video src=http://evil.example/f.mp4 autoplay></video>
+<audio src=http://evil.example/g.mp3></audio><style>@import "http://evil.example/h.css";</style>
+<details open ontoggle="window.ran=5">x</details><x-y onclick=1></x-y><base href=http://evil.example/>
+<meta http-equiv=refresh content="0;url=http://evil.example/i">
 http://evil.example/auto [ref][r] $\\href{http://evil.example/j}{x}$ ${window.ran=6} {{value}} `code` </div></div>
 
 [r]: http://evil.example/k
@@ -25,7 +31,8 @@ end of the answer'''
 class Toy:
     "Four models that need no weights."
     gone, writing = (), 0
-    says = {'base': HOSTILE, 'sft': 'It is a good film, I think.', 'ppo': 'Wonderful. Wonderful. Wonderful.', 'dpo': 'Quiet, and very funny.'}
+    says = {'base': HOSTILE, 'sft': 'It is a good film, I think.', 'ppo': 'Wonderful. Wonderful. Wonderful.',
+        'dpo': 'Quiet, and very funny.'}
     def missing(self, stage): return lab.COMMAND if stage in self.gone else ''
     def answer(self, stage, prompt, *, seed, temperature, max_new_tokens):
         if prompt == 'break': raise LabError(f'no <b>room</b> for {stage}')
@@ -55,8 +62,10 @@ def call(client, target, *data):
     "Run the event of a button, or of loading the page, as any program on the network could."
     config = client.get('/config').json()
     named = {part['id']: part['props'].get('elem_id') for part in config['components']}
-    index = next(d['id'] for d in config['dependencies'] if target in [name for part, event in d['targets'] for name in (named.get(part), event)])
-    return client.post('/gradio_api/run/predict', json={'data': list(data), 'fn_index': index, 'session_hash': 'abc'})
+    index = next(event['id'] for event in config['dependencies']
+        for part, kind in event['targets'] if target in (named.get(part), kind))
+    body = {'data': list(data), 'fn_index': index, 'session_hash': 'abc'}
+    return client.post('/gradio_api/run/predict', json=body)
 
 # What is served
 
@@ -64,21 +73,22 @@ def test_the_page_is_served_and_knows_all_four(client):
     page = client.get('/')
     assert page.status_code == 200 and all(f'answer-{stage}' in page.text for stage in lab.STAGES)
 
-@pytest.mark.parametrize('method, path', [('GET', '/'), ('GET', '/config'), ('GET', '/theme.css'), ('GET', '/nothing'), ('GET', '/docs'),
-    ('GET', '/gradio_api/info'), ('GET', '/gradio_api/file=/etc/passwd'), ('POST', '/gradio_api/run/predict'), ('GET', '/gradio_api/queue/data'),
-    ('PUT', '/'), ('GET', '/boom')])
-def test_every_reply_carries_the_headers(app, client, method, path):
-    if path == '/boom': app.routes.insert(0, __import__('starlette.routing').routing.Route('/boom', lambda request: 1/0))
-    headers = client.request(method, path).headers
+@pytest.mark.parametrize('request_line', ['GET /', 'GET /config', 'GET /theme.css', 'GET /nothing', 'GET /docs',
+    'GET /gradio_api/info', 'GET /gradio_api/file=/etc/passwd', 'POST /gradio_api/run/predict',
+    'GET /gradio_api/queue/data', 'PUT /'])
+def test_every_reply_carries_the_headers(client, request_line):
+    headers = client.request(*request_line.split()).headers
     assert {name: headers.get(name) for name in lab.HEADERS} == lab.HEADERS
 
 def test_a_crash_is_a_500_without_its_story(app, client):
-    app.routes.insert(0, __import__('starlette.routing').routing.Route('/bang', lambda request: {}['secret']))
+    app.routes.insert(0, Route('/bang', lambda request: {}['secret']))
     reply = client.get('/bang')
     assert reply.status_code == 500 and 'secret' not in reply.text
+    assert {name: reply.headers.get(name) for name in lab.HEADERS} == lab.HEADERS
 
 def test_no_file_leaves_the_machine(client, store):
-    for path in (store.path, '/etc/passwd', Path(lab.__file__)): assert client.get(f'/gradio_api/file={path}').status_code in (403, 404)
+    for path in (store.path, '/etc/passwd', Path(lab.__file__)):
+        assert client.get(f'/gradio_api/file={path}').status_code in (403, 404)
 
 def test_nothing_is_offered_to_programs(client):
     assert client.get('/gradio_api/info').json() == {'named_endpoints': {}, 'unnamed_endpoints': {}}
@@ -86,7 +96,9 @@ def test_nothing_is_offered_to_programs(client):
 
 # What is refused
 
-@pytest.mark.parametrize('ids', [{}, None, 'x', [1], {'sft': '01M0000000000000000000000A'}, {'sft': {'$ne': 1}}, {'sft': "' OR 1=1 --"}, {'base': 1}])
+@pytest.mark.parametrize('ids',
+    [{}, None, 'x', [1], {'base': 1}, {'sft': '01M000000000000000000000A'},
+        {'sft': {'$ne': 1}}, {'sft': "' OR 1=1 --"}])
 def test_a_vote_on_an_unknown_answer_is_refused_and_writes_nothing(client, store, ids):
     before = store.read('SELECT count(*) AS n FROM event')
     reply = call(client, 'up-sft', 'Like', ids)
@@ -105,52 +117,53 @@ def test_ids_from_a_browser_are_not_believed(client):
 
 # Answers
 
-def converse(store, prompt, models=None, halt=None, **sampling):
-    import asyncio
+def converse(store, prompt, models=None, halt=None):
+    how = dict(seed=0, temperature=1., max_new_tokens=999)
     async def run():
-        answers, steps = {}, 0
-        async for changed in lab.converse(models or Toy(), lab.Engine(), store, prompt, dict(seed=0, temperature=1., max_new_tokens=999) | sampling,
-                halt or threading.Event(), .01): answers.update(changed); steps += 1
-        return answers, steps
+        answers = {}
+        talk = lab.converse(models or Toy(), lab.Engine(), store, prompt, how, halt or threading.Event(), .01)
+        async for changed in talk: answers.update(changed)
+        return answers
     return asyncio.run(run())
 
 def test_all_columns_move_together(store):
     order = queue.SimpleQueue()
     engine = lab.Engine()
-    for stage in lab.STAGES: engine.submit((time.sleep(.005) for _ in range(5)), lambda piece, stage=stage: order.put(stage))
+    for stage in lab.STAGES:
+        engine.submit((time.sleep(.005) for _ in range(5)), lambda piece, stage=stage: order.put(stage))
     stages = [order.get(timeout=5) for _ in range(20)]
     assert all(abs(stages[:8].count(stage) - 2) <= 1 for stage in lab.STAGES)
 
 def test_a_missing_model_says_what_to_run_and_the_others_answer(store):
     toy = Toy(); toy.gone = ('ppo',)
-    answers, _ = converse(store, 'Hi', toy)
+    answers = converse(store, 'Hi', toy)
     assert (answers['ppo'].state, answers['ppo'].note) == ('missing', lab.COMMAND)
     assert [answers[stage].state for stage in ('base', 'sft', 'dpo')] == ['done']*3
     assert lab.inert(lab.COMMAND) in lab.card('ppo', answers['ppo'])
 
 def test_no_model_at_all_is_a_sentence(tmp_path, store):
-    answers, _ = converse(store, 'Hi', lab.Models(tmp_path, str(tmp_path/'nowhere')))
+    answers = converse(store, 'Hi', lab.Models(tmp_path, str(tmp_path/'nowhere')))
     assert [a.state for a in answers.values()] == ['failed', 'missing', 'missing', 'missing']
     assert 'nowhere' in answers['base'].note and '\n' not in answers['base'].note
 
 def test_errors_are_sentences_and_secrets_stay(store, capsys):
-    answers, _ = converse(store, 'break')
+    answers = converse(store, 'break')
     assert '&#60;b&#62;room' in lab.card('sft', answers['sft'])
-    answers, _ = converse(store, 'crash')
+    answers = converse(store, 'crash')
     assert 'secret' not in answers['sft'].note and 'KeyError' in answers['sft'].note
     assert 'secret' in capsys.readouterr().err
 
 def test_a_store_that_cannot_write_costs_the_vote_only(tmp_path):
     store = Feedback(tmp_path/'votes.db')
     store.db.execute('PRAGMA query_only = 1')
-    answers, _ = converse(store, 'Hi')
+    answers = converse(store, 'Hi')
     assert answers['sft'].text == Toy.says['sft'] and 'Not saved' in answers['sft'].note and not answers['sft'].id
     assert 'Not saved' in lab.card('sft', answers['sft']) and not lab.thumb(answers['sft'], 'up')['visible']
 
 def test_stop_keeps_what_was_written(store):
     halt = threading.Event()
     threading.Timer(.3, halt.set).start()
-    answers, _ = converse(store, 'forever', halt=halt)
+    answers = converse(store, 'forever', halt=halt)
     kept = store.generation(answers['dpo'].id)
     assert kept['finish_reason'] == 'stopped' and kept['completion'].startswith('word')
 
@@ -158,7 +171,7 @@ def test_an_answer_that_ends_at_once_can_be_voted_on(store):
     toy = Toy(); toy.says = dict.fromkeys(lab.STAGES, '')
     class Silent(Toy):
         def answer(self, stage, prompt, **_): yield dict(prompt=prompt, model=stage)
-    answers, _ = converse(store, 'Hi', Silent())
+    answers = converse(store, 'Hi', Silent())
     assert '(the model ended immediately)' in lab.card('sft', answers['sft']) and store.vote(answers['sft'].id, 'down')
 
 def test_numbers_from_a_browser_are_brought_into_range():
@@ -198,7 +211,8 @@ def browser():
     found = next(filter(None, map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome', 'chrome'))), None)
     if not found: pytest.skip('no chromium here')
     from playwright.sync_api import sync_playwright
-    flags = ('headless no-sandbox disable-gpu disable-quic no-first-run disable-background-networking disable-component-update disable-sync').split()
+    flags = ('headless no-sandbox disable-gpu disable-quic no-first-run disable-background-networking '
+        'disable-component-update disable-sync').split()
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=found, args=[f'--{flag}' for flag in flags])
         yield browser
@@ -222,7 +236,7 @@ def visit(browser, address):
 def ask(page, prompt):
     page.fill('#prompt textarea', prompt); page.click('#send')
     for stage in lab.STAGES: page.wait_for_selector(f'#answer-{stage} .card.done')
-    page.wait_for_function("document.querySelector('#status').innerText.includes('complete')")
+    page.locator('#status', has_text='All answers are complete.').wait_for()
 
 @pytest.mark.e2e
 def test_a_person_asks_votes_comes_back_and_changes_their_mind(visit, store):
@@ -231,9 +245,10 @@ def test_a_person_asks_votes_comes_back_and_changes_their_mind(visit, store):
     assert visit.inner_text('#answer-dpo .text') == Toy.says['dpo']
     visit.click('#up-dpo'); visit.wait_for_selector('#up-dpo.pressed')
     with sqlite3.connect(store.path) as db:
-        row = db.execute('SELECT prompt, completion, model, run, sampling, value, ts FROM vote WHERE prompt = ?', [prompt]).fetchall()
-    assert len(row) == 1 and row[0][:4] == (prompt, Toy.says['dpo'], 'dpo', 'toy') and row[0][5] == 'up' and abs(row[0][6]/1e6 - time.time()) < 60
-    assert json.loads(row[0][4]) == dict(temperature=.7, max_new_tokens=64, seed=0)
+        query = 'SELECT prompt, completion, model, run, value, sampling, ts FROM vote WHERE prompt = ?'
+        (*said, sampling, ts), = db.execute(query, [prompt]).fetchall()
+    assert said == [prompt, Toy.says['dpo'], 'dpo', 'toy', 'up'] and abs(ts/1e6 - time.time()) < 60
+    assert json.loads(sampling) == dict(temperature=.7, max_new_tokens=64, seed=0)
     visit.reload()
     visit.wait_for_selector('#up-dpo.pressed') # the store remembers
     assert visit.input_value('#prompt textarea') == prompt
@@ -241,14 +256,16 @@ def test_a_person_asks_votes_comes_back_and_changes_their_mind(visit, store):
     assert 'pressed' not in visit.get_attribute('#up-dpo', 'class')
     visit.click('#down-dpo'); visit.wait_for_selector('#down-dpo:not(.pressed)')
     assert not [vote for vote in store.votes() if vote['prompt'] == prompt]
-    chain = 'SELECT event.value FROM event JOIN generation ON generation.id = generation_id WHERE prompt = ? ORDER BY event.id'
+    chain = '''SELECT event.value FROM event JOIN generation ON generation.id = generation_id
+        WHERE prompt = ? ORDER BY event.id'''
     assert [event['value'] for event in store.read(chain, prompt)] == ['up', 'down', 'none']
 
 @pytest.mark.e2e
 def test_hostile_text_is_only_text(visit):
     ask(visit, HOSTILE)
     assert visit.inner_text('#answer-base .text').split() == HOSTILE.split()
-    assert visit.locator('#columns').locator('img, script, svg, iframe, form, video, audio, style, a, base, meta, h1, details, pre').count() == 0
+    bad = 'img, script, svg, iframe, form, video, audio, style, a, base, meta, h1, details, pre'
+    assert visit.locator('#columns').locator(bad).count() == 0
     assert visit.evaluate('window.ran') is None
     visit.reload(); visit.wait_for_selector('#answer-base .card.done')
     assert visit.evaluate('window.ran') is None
@@ -262,6 +279,14 @@ def test_keys_ask_and_stop_and_a_phone_needs_no_sideways_scrolling(visit, store)
     assert 'stopped' in visit.inner_text('#answer-sft')
     assert visit.evaluate('document.documentElement.scrollWidth') <= 320
     assert visit.get_attribute('#status', 'role') == 'status'
+
+@pytest.mark.e2e
+def test_an_example_can_be_asked_at_once(visit):
+    visit.click('#send')
+    visit.locator('#status', has_text='Write a prompt first.').wait_for()
+    visit.click('#examples button >> nth=1'); visit.click('#send')
+    for stage in lab.STAGES: visit.wait_for_selector(f'#answer-{stage} .card.done')
+    assert visit.input_value('#prompt textarea') == lab.EXAMPLES[1]
 
 @pytest.mark.e2e
 def test_leaving_the_page_stops_the_writing(browser, address):

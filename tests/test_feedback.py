@@ -5,13 +5,14 @@ from rlhf_lab.core import DataError, LabError, UsageError
 from rlhf_lab.feedback import Feedback
 
 WRITER = '''
-import sys
+import sys, time
 from rlhf_lab.feedback import Feedback
 store = Feedback(sys.argv[1])
 while True:
     name = store.record('Hi', 'Hello!', model='base')
     store.vote(name, 'up')
     print(name, flush=True)
+    time.sleep(.01) # SQLite has no queue: without a breath one writer can starve the others
 '''
 
 @pytest.fixture
@@ -29,7 +30,8 @@ def events(store): return store.read('SELECT count(*) AS n FROM event')[0]['n']
 
 def test_what_killed_writers_acknowledged_is_there(tmp_path):
     path, said = tmp_path/'votes.db', []
-    writers = [subprocess.Popen([sys.executable, '-c', WRITER, path], stdout=subprocess.PIPE, text=True) for _ in range(3)] # all create it
+    command = [sys.executable, '-c', WRITER, path]
+    writers = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(3)] # all create it
     for writer in writers: said.append(writer.stdout.readline().strip())
     time.sleep(random.uniform(.1, .5))
     for writer in writers: writer.send_signal(signal.SIGKILL)
@@ -76,16 +78,19 @@ def test_a_foreign_lock_is_waited_for_and_then_named(store, tmp_path):
     assert store.vote(name, 'up') # waited
     store.db.execute('PRAGMA busy_timeout = 100')
     other.execute('BEGIN IMMEDIATE')
-    with pytest.raises(LabError, match='locked by another program: nothing was saved') as caught: store.vote(name, 'down')
+    with pytest.raises(LabError, match='locked by another program: nothing was saved') as caught:
+        store.vote(name, 'down')
     assert '\n' not in str(caught.value)
     other.execute('ROLLBACK'); other.close()
     assert store.vote(name, 'down') and events(store) == 2
 
 def test_settings_that_keep_votes(store):
     read = lambda name: list(store.read(f'PRAGMA {name}')[0].values())[0]
-    assert [read(name) for name in ('journal_mode', 'synchronous', 'foreign_keys', 'busy_timeout')] == ['wal', 2, 1, 5000]
+    names = 'journal_mode', 'synchronous', 'foreign_keys', 'busy_timeout'
+    assert [read(name) for name in names] == ['wal', 2, 1, 5000]
 
-@pytest.mark.parametrize('content, message', [(b'not a database at all, but long enough to look like one'*30, 'not a feedback store'), (None, 'cannot')])
+@pytest.mark.parametrize('content, message',
+    [(b'some text, but no database'*60, 'not a feedback store'), (None, 'cannot')])
 def test_a_file_that_is_something_else(tmp_path, content, message):
     path = tmp_path/'votes.db'
     if content: path.write_bytes(content)
@@ -115,7 +120,8 @@ def test_pairs_join_what_is_the_same_question(store):
     ask(store, 'good', 'Write a review', 'down'); ask(store, 'other', 'Another', 'down')
     assert store.pairs() == [{'prompt': 'Write  a\nreview', 'chosen': 'good', 'rejected': 'bad'}]
 
-@pytest.mark.parametrize('kind, columns', [('rows', {'prompt', 'completion', 'label'}), ('pairs', {'prompt', 'chosen', 'rejected'})])
+@pytest.mark.parametrize('kind, columns',
+    [('rows', {'prompt', 'completion', 'label'}), ('pairs', {'prompt', 'chosen', 'rejected'})])
 @pytest.mark.parametrize('prompt', ['Hi', [{'role': 'user', 'content': 'Hi'}]])
 def test_exports_load_as_data(store, tmp_path, kind, columns, prompt):
     ask(store, 'good', prompt, 'up'); ask(store, 'bad', prompt, 'down'); ask(store, 'no vote', prompt)
