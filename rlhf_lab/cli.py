@@ -61,10 +61,8 @@ class CheckConfig:
 
 def check(config: CheckConfig):
     "Print the report on a data set, or its first bad rows."
-    from rlhf_lab.data import load_rows, report, require_good
-    rows = load_rows(config.data, config.split)
-    require_good(rows, config.data)
-    print(report(rows))
+    from rlhf_lab.data import check_source
+    print(check_source(config.data, config.split))
 
 # %% ../nbs/53_cli.ipynb #686cbfca
 @dataclasses.dataclass
@@ -74,18 +72,14 @@ class ShowConfig:
     split: str = 'train'
     model: str = '' # Whose tokenizer; empty: the default model
     rows: int = 3 # How many rows
-    max_length: int = 512 # Tokens
 
 def show(config: ShowConfig):
     "Print the first rows as they are trained on, in colour."
-    from rlhf_lab.data import load_rows, require_good, tokenize_rows
-    from rlhf_lab.tokens import load_tokenizer, preview
+    from rlhf_lab.data import show_rows
+    from rlhf_lab.tokens import load_tokenizer
     from rlhf_lab.weights import find_model
-    rows = load_rows(config.data, config.split)
-    require_good(rows, config.data)
     tokenizer = load_tokenizer(find_model(config.model) if config.model else find_model())
-    for example in tokenize_rows(rows.select(range(min(config.rows, len(rows)))), tokenizer, config.max_length):
-        for one in example if isinstance(example[0], tuple) else [example]: print(preview(*one, tokenizer), '\n')
+    show_rows(config.data, tokenizer, config.rows, config.split)
 
 # %% ../nbs/53_cli.ipynb #1e4e4d4e
 def pieces(
@@ -129,7 +123,7 @@ def answer(
     from rlhf_lab.tokens import encode_prompt
     how = {name: getattr(config, name) for name in ('max_new_tokens', 'temperature', 'top_k', 'top_p', 'min_p')}
     key, said = jax.random.fold_in(jax.random.key(config.seed), turn), ''
-    tokens = stream(model, encode_prompt(tokenizer, prompt), key=key, eos=tokenizer.eos_token_id, **how)
+    tokens = stream(model, encode_prompt(tokenizer, prompt), key=key, stop=(tokenizer.eos_token_id,), **how)
     for piece in pieces(tokens, lambda ids: tokenizer.decode(ids, skip_special_tokens=True)):
         print(piece, end='', flush=True)
         said += piece
@@ -159,15 +153,17 @@ def chat(config: ChatConfig):
 # %% ../nbs/53_cli.ipynb #ef8f0fb4
 @dataclasses.dataclass
 class AppConfig:
-    "The app, on this machine only unless told otherwise."
-    runs: str = '' # Where the trained models lie; empty: as in settings.ini
-    host: str = '' # Empty: as in settings.ini
-    port: int = 0 # 0: as in settings.ini
+    "The app, for this machine only unless told otherwise. What is not given stands in settings.ini."
+    runs: str = '' # Where the trained models lie, as `runs/quickstart`
+    host: str = '' # Where to listen
+    port: int = 0
 
 def launch(config: AppConfig):
     "Serve the app until it is stopped."
-    from rlhf_lab.app import serve
-    serve(**{name: value for name, value in dataclasses.asdict(config).items() if value})
+    given = {name: value for name, value in dataclasses.asdict(config).items() if value}
+    os.environ.update({f'RLHF_LAB_{name.upper()}': str(value) for name, value in given.items()})
+    from rlhf_lab.app import build, serve
+    serve(build()[0])
 
 # %% ../nbs/53_cli.ipynb #3784a8a0
 @dataclasses.dataclass

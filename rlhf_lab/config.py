@@ -15,11 +15,11 @@ def mistake(sentence: str): # Never returns
     from rlhf_lab.core import UsageError
     raise UsageError(sentence)
 
-def unknown(kind: str, name: str, known: list[str], where: str = ''): # Never returns
+def unknown(kind: str, name: str, known: list[str], where: str = '', shown = str): # Never returns
     "Complain about a name, and offer the one that was probably meant."
     near = difflib.get_close_matches(name, known, 1, .5)
-    way_out = f'Did you mean `{near[0]}`?' if near else 'See --help.'
-    mistake(f'unknown {kind} `{name}`{where and f" ({where})"}. {way_out}')
+    way_out = f'Did you mean `{shown(near[0])}`?' if near else 'See --help.'
+    mistake(f'unknown {kind} `{shown(name)}`{where and f" ({where})"}. {way_out}')
 
 # %% ../nbs/03_config.ipynb #6a9cd6fa
 def fields(
@@ -79,7 +79,7 @@ def file_flags(
     if own and not any(name.startswith(f'{verb}.') for name in known): settings = own
     full = lambda name: name if '.' in name else f'{verb}.{name}'
     for name, (_, where) in settings.items():
-        if name not in known: unknown('key', full(name), [full(k) for k in known], where)
+        if name not in known: unknown('key', name, list(known), where, full)
     flags = [word for name, (texts, _) in settings.items() for word in flag(name, texts, known[name])]
     return flags, {name: where for name, (_, where) in settings.items()}
 
@@ -102,8 +102,9 @@ def sentence(box: str, origins: dict) -> str:
     plain = re.sub('\x1b\\[[0-9;]*m', '', box)
     title, *lines = [re.sub('^-+$', '', line.strip('╭╮╰╯│─ ')) for line in plain.splitlines()] or ['']
     words = ' '.join(itertools.takewhile(bool, itertools.dropwhile(lambda line: not line, lines))) or title
-    guilty = next((where for path, where in origins.items() if f'--{path.replace("_", "-")}:' in words), '')
-    return f'{words} ({guilty})' if guilty else words
+    named = lambda name: re.search(rf'--{re.escape(name.replace("_", "-"))}(?![\w.-])', words)
+    guilty = [where for name, where in origins.items() if named(name)]
+    return f'{words} ({guilty[0]})' if guilty and guilty[0] != 'flag' else words
 
 # %% ../nbs/03_config.ipynb #5d7978e5
 def parse(

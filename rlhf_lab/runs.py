@@ -63,10 +63,11 @@ def disk_errors(
     "Turn a full or unwritable disk into one line that names the place and what is left there."
     try: yield
     except Exception as e:
-        full = getattr(e, 'errno', None) in (errno.ENOSPC, errno.EDQUOT) or 'No space left on device' in str(e)
-        refused = isinstance(e, PermissionError) or getattr(e, 'errno', None) == errno.EROFS
+        number = getattr(e, 'errno', None)
+        full = number in (errno.ENOSPC, errno.EDQUOT) or 'No space left on device' in str(e)
+        refused = number in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
         if not full and not refused: raise
-        if refused: raise LabError(f'{path}: may not be written here; choose another folder') from e
+        if refused: raise LabError(f'{path}: cannot be written; choose another place') from e
         there = next(folder for folder in (Path(path).absolute(), *Path(path).absolute().parents) if folder.exists())
         raise LabError(f'{path}: the disk is full, {shutil.disk_usage(there).free/1e6:.0f} MB are left; make room and '
                        'go on with --resume') from e
