@@ -113,7 +113,9 @@ def ask(
     for start, real, some in _in_batches(prompts, batch_size):
         rollout = generate(model, some, key=key, max_new_tokens=max_new_tokens, temperature=temperature, stop=stop, width=width,
             rows=np.arange(start, start + len(some)))
-        if reference is not None: rollout = rollout.replace(ref_logprobs=_logprobs(reference, Batch(rollout.tokens, rollout.mask), temperature))
+        if reference is not None:
+            own, other = (_logprobs(m, Batch(rollout.tokens, rollout.mask), temperature) for m in (model, reference))
+            rollout = rollout.replace(logprobs=own, ref_logprobs=other)
         parts.append(jax.tree.map(lambda x: np.asarray(x[:real]), rollout))
     return jax.tree.map(lambda *x: np.concatenate(x), *parts)
 
@@ -243,7 +245,7 @@ def write_png(figure, path: Path):
 # %% ../nbs/40_evaluate.ipynb #1ed318b1
 def plain(text: str) -> str:
     "Text on one line that Markdown shows letter by letter."
-    return re.sub(r'([\\`*_{}\[\]<>#|~!&$])', r'\\\1', ' '.join(text.split()))
+    return re.sub(r'([\\`*_{}\[\]<>#|~&$])', r'\\\1', ' '.join(text.split()))
 
 def samples_markdown(
     prompts: list[str],

@@ -128,18 +128,19 @@ def film_prompts(
 
 # %% ../nbs/44_quickstart.ipynb #424e1da2
 def toy_reviews(
-    n: int = 4000,
+    n: int = 6000,
     seed: int = 0,
 ) -> list[Review]:
     "Reviews written by a grammar, half of them positive."
     draw, reviews = random.Random(seed), []
-    days, people = 'monday|tuesday|friday|saturday|sunday|yesterday', 'my brother|a friend|our neighbour|an old aunt|the children'
+    days, people = 'monday|tuesday|thursday|friday|saturday|sunday', 'my brother|a friend|our neighbour|an old aunt|the children'
+    months = 'january|march|april|may|june|july|august|october|december'
     films, places = 'comedy|western|drama|thriller|musical|cartoon|romance', 'at home|in town|by the sea|on a train|at school|abroad'
     parts, verdicts = 'plot|music|acting|ending|dialogue|camera|pace|humour', ('dull|awful|boring|clumsy|weak|wooden|silly|flat',
         'lovely|great|moving|clever|strong|warm|funny|bright')
     one = lambda words: draw.choice(words.split('|'))
     for i in range(n):
-        opening = f'{one(days)} {one(places)} we saw a {one(films)} about {one(people)} and {one(people)}'
+        opening = f'{one(days)} in {one(months)} {one(places)} we saw a {one(films)} about {one(people)} and {one(people)}'
         said = [f'the {one(parts)} was {one(verdicts[(draw.random() < 0.8) == i % 2])}' for _ in range(9)]
         reviews.append(Review(f'{opening} . ' + ' , '.join(said) + ' .', i % 2 == 1, 'toy'))
     return reviews
