@@ -1,7 +1,8 @@
 # Each target builds what it needs: .venv with the library the first time, and again when pyproject.toml or the pins change.
 SHELL := /bin/bash
-SUITS := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))
-PYTHON ?= $(shell for p in python3.12 python3.11 python3 python3.13; do $$p -c '$(SUITS)' 2>/dev/null && { echo $$p; break; }; done)
+# The first Python that suits; one that can make environments by itself (ensurepip) is preferred.
+PYTHON ?= $(shell for extra in ensurepip sys; do for p in python3.12 python3.11 python3 python3.13; do \
+  $$p -c "import sys, $$extra; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))" 2>/dev/null && { echo $$p; exit; }; done; done)
 BIN := .venv/bin
 ARGS ?=
 
