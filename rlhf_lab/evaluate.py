@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['COLUMNS', 'COLORS', 'win_rate', 'sequence_kl', 'perplexity', 'ngrams', 'distinct_n', 'repetition', 'Meter',
            'peak_memory', 'ask', 'surprise', 'Answers', 'judged', 'best_of', 'cell', 'table_markdown', 'frontier_plot',
-           'write_png', 'plain', 'samples_markdown', 'write_report']
+           'write_png', 'plain', 'samples_markdown', 'write_report', 'judge_of', 'EvalConfig', 'evaluate']
 
 # %% ../nbs/40_evaluate.ipynb #517bebe1
 import json, os, re, resource, sys, time
@@ -13,12 +13,16 @@ from dataclasses import dataclass
 from pathlib import Path
 import jax, numpy as np
 from flax import nnx
-from .core import Array, Batch, Rollout
-from .data import Example, collate
+from .core import Array, Batch, Rollout, UsageError
+from .data import Example, collate, load_rows, tokenize_rows
 from .generate import completions, generate
 from .model import Transformer, score_tokens
-from .runs import disk_errors, write_file
+from .reward import load_judge, score
+from .rows import answers, normalise_rows, require_good
+from .runs import Run, disk_errors, write_file
 from .stats import interval, middle, resample
+from .tokens import encode_prompt
+from .weights import load_model
 
 # %% ../nbs/40_evaluate.ipynb #c8b9f320
 def win_rate(
@@ -141,18 +145,18 @@ class Answers:
     reward: np.ndarray # [N] what the reward model says
     kl: np.ndarray # [N] summed log-ratio to the reference, in nats
     length: np.ndarray # [N] tokens
-    human: tuple # Summed log-probabilities [M] and token counts [M] of held-out human texts under this model
+    human: tuple # Summed log-probabilities [M] and token counts [M] of held-out human texts under this model; None: there are none
     seconds: float = 0. # What making this model took
     peak_mb: float = 0.
 
     def row(self, rival) -> dict: # The keys of `table.json`
         "Means, intervals, and the win rate against `rival`, another `Answers` on the same prompts."
         three = lambda name, values: dict(zip((f'{name}_mean', f'{name}_low', f'{name}_high'), values))
-        win, kl, human = win_rate(self.gold, rival.gold), interval(self.kl), perplexity(*self.human)
+        win, kl = win_rate(self.gold, rival.gold), interval(self.kl)
         return dict(model=self.model, **three('gold', interval(self.gold)), **three('reward', interval(self.reward)),
             win_rate=win[0], win_low=win[1], win_high=win[2], kl=kl[0], kl_low=kl[1], kl_high=kl[2],
             length=float(np.mean(self.length)), distinct_2=distinct_n(self.texts), repetition=repetition(self.texts),
-            perplexity=human[0], seconds=round(self.seconds, 1), peak_mb=round(self.peak_mb))
+            perplexity=self.human and perplexity(*self.human)[0], seconds=round(self.seconds, 1), peak_mb=round(self.peak_mb))
 
 # %% ../nbs/40_evaluate.ipynb #c9092a42
 def judged(
@@ -161,7 +165,7 @@ def judged(
     tokenizer,
     gold, # Texts → [N], the true reward
     reward, # Rollout → [N], the proxy
-    human: tuple, # Of `surprise`
+    human: tuple = None, # Of `surprise`
     seconds: float = 0., # What making the model took
     peak_mb: float = 0.,
 ) -> Answers:
@@ -273,3 +277,51 @@ def write_report(
     frontier_plot([row for row in rows if plotted is None or row['model'] in plotted], folder/'frontier.png')
     write_file(folder/'table.json', json.dumps(rows, indent=1) + '\n')
     write_file(folder/'report.md', f'{text}\n\n{table_markdown(rows)}\n![gold score against KL](frontier.png)\n\n## Samples\n\n{samples}')
+
+# %% ../nbs/40_evaluate.ipynb #7a5b37e9
+def judge_of(folder): # Rollout → [N]
+    "The reward model of a run, as a function."
+    judge, pool = load_judge(folder)
+    ask = jax.jit(lambda judge, batch: score(judge, batch, pool))
+    parts = lambda rollout: [Batch(rollout.tokens[i:i + 64], rollout.mask[i:i + 64]) for i in range(0, len(rollout.tokens), 64)]
+    return lambda rollout: np.concatenate([np.asarray(ask(judge, part)) for part in parts(rollout)])
+
+@dataclass
+class EvalConfig:
+    "Compare models on held-out prompts."
+    models: tuple[str, ...] = () # Directories, .gguf files or hub ids; the first is the reference and the rival of the others
+    data: str = '' # Hub id, file or folder with prompts; completions are used for the perplexity
+    reward: str = '' # The run of a reward model, which judges
+    out: str = 'runs/eval' # Gets report.md, table.json and frontier.png
+    split: str = 'train'
+    prompts: int = 256 # How many at most
+    max_new_tokens: int = 64
+    temperature: float = 1.
+    batch_size: int = 64
+    precision: str = 'bfloat16' # Of products
+    seed: int = 0
+    resume: bool = False # Overwrite the report in `out`
+
+def evaluate(config: EvalConfig) -> list[dict]: # The rows of `table.json`
+    "Ask all models, judge, and write the report. Raises UsageError when something to compare is missing."
+    for name in ('models', 'data', 'reward'):
+        if not getattr(config, name): raise UsageError(f'nothing to compare: add --{name}')
+    with Run(config.out, config, config.resume) as run:
+        source = load_rows(config.data, config.split)
+        require_good(source, config.data, config.split)
+        rows, reward, found, first = normalise_rows(source)[:config.prompts], judge_of(config.reward), [], None
+        written = [dict(prompt=row['prompt'], completion=said[0]) for row in rows if (said := answers(row))]
+        for place in config.models:
+            with Meter() as meter: model, tokenizer = load_model(place, compute=config.precision)
+            first = first or model
+            rollout = ask(model, [encode_prompt(tokenizer, row['prompt']) for row in rows], key=jax.random.fold_in(jax.random.key(config.seed), len(found)),
+                reference=first, max_new_tokens=config.max_new_tokens, temperature=config.temperature, stop=(tokenizer.eos_token_id,), batch_size=config.batch_size)
+            human = surprise(model, tokenize_rows(written, tokenizer), config.batch_size) if written else None
+            name = str(Path(place).parent) if Path(place).name == 'model' else str(place)
+            found.append(judged(name, rollout, tokenizer, lambda texts: reward(rollout), reward, human, meter.seconds, meter.peak_mb))
+        table = [one.row(found[0]) for one in found]
+        text = f'# {config.data}\n\n{len(rows)} prompts, judged by {config.reward}; wins are against {found[0].model}.'
+        asked = [row['prompt'] if isinstance(row['prompt'], str) else row['prompt'][-1]['content'] for row in rows]
+        write_report(run.path, table, text, samples_markdown(asked, found))
+        print(f'{table_markdown(table)}\nreport: {run.path}/report.md')
+    return table
