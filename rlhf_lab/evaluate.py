@@ -312,7 +312,7 @@ def evaluate(config: EvalConfig) -> list[dict]: # The rows of `table.json`
         rows, reward, found, first = normalise_rows(source)[:config.prompts], judge_of(config.reward), [], None
         written = [dict(prompt=row['prompt'], completion=said[0]) for row in rows if (said := answers(row))]
         for place in config.models:
-            with Meter() as meter: model, tokenizer = load_model(place, compute=config.precision)
+            with Meter() as meter: model, tokenizer = load_model(place, config.precision)
             first = first or model
             rollout = ask(model, [encode_prompt(tokenizer, row['prompt']) for row in rows], key=jax.random.fold_in(jax.random.key(config.seed), len(found)),
                 reference=first, max_new_tokens=config.max_new_tokens, temperature=config.temperature, stop=(tokenizer.eos_token_id,), batch_size=config.batch_size)

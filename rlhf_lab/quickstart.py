@@ -192,7 +192,7 @@ def compare(
     **how, # Further arguments of `ask`
 ) -> tuple: # Rows of the table, and all `Answers` by name
     "Ask every model, and judge."
-    sft, tokenizer = load_model(folders['sft'], compute=compute)
+    sft, tokenizer = load_model(folders['sft'], compute)
     how = dict(how, stop=(tokenizer.eos_token_id,))
     prompts = [encode_prompt(tokenizer, row['prompt']) for row in rows]
     written = tokenize_rows([{name: row[name] for name in ('prompt', 'completion')} for row in rows], tokenizer, eos=False)
@@ -201,7 +201,7 @@ def compare(
         return judged(name, rollout, tokenizer, gold, reward, human or surprise(model, written), **took.get(name, {}))
     rival = answers('sft', sft, 0)
     samples = [answers('sft', sft, number, human=rival.human) for number in range(1, candidates + 1)]
-    every = {name: rival if name == 'sft' else answers(name, load_model(folder, compute=compute)[0], candidates + 1, sft) for name, folder in folders.items()}
+    every = {name: rival if name == 'sft' else answers(name, load_model(folder, compute)[0], candidates + 1, sft) for name, folder in folders.items()}
     coin = np.random.default_rng(0).random((len(rows), candidates))
     lengths = np.stack([[len(text) for text in sample.texts] for sample in samples], axis=1)
     judges = dict(best=np.stack([sample.reward for sample in samples], axis=1), longest=lengths, random=coin)
@@ -267,7 +267,7 @@ def sample_pairs(
     model: str, # Who writes
 ):
     "Two completions of each prompt, and the gold scorer's choice."
-    policy, tokenizer = load_model(model, compute=config.sft.precision)
+    policy, tokenizer = load_model(model, config.sft.precision)
     sides = [completions(ask(policy, [encode_prompt(tokenizer, prompt) for prompt in prompts], key=jax.random.key(1000*config.seed + side),
         max_new_tokens=config.new_tokens, temperature=config.temperature, stop=(tokenizer.eos_token_id,)), tokenizer) for side in (1, 2)]
     write_rows(file, label_pairs(prompts, *sides, gold, config.seed))

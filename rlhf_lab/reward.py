@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Literal
 from .core import Array, Batch, CheckpointError, DataError, Float, Pairs, both, masked_mean
 from .data import Batches, tokenize_rows
-from .lora import add_head, add_lora, load_adapter, save_adapter, share
+from .lora import add_head, add_lora, load_adapter, share
 from .model import Transformer
 from .runs import Run
 from .sft import prepare_rows
@@ -180,11 +180,8 @@ def report_margins(folder: Path, margins) -> dict:
 def save_judge(judge: Transformer, tokenizer, folder: Path, card: dict):
     "Write a judge: the merged model, its head and what it was made of."
     from safetensors.flax import save_file
-    plain, head = share(judge), {'weight': judge.head.weight[...], 'bias': judge.head.bias[...]}
-    plain.head = nnx.data(None)
-    save_role(plain, tokenizer, folder)
-    if card['rank']: save_adapter(judge, folder/'adapter.safetensors')
-    save_file(head, folder/'reward_head.safetensors')
+    save_role(judge, tokenizer, folder)
+    save_file({'weight': judge.head.weight[...], 'bias': judge.head.bias[...]}, folder/'reward_head.safetensors')
     (folder/'reward.json').write_text(json.dumps(card, indent=1))
 
 def load_judge(

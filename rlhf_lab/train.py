@@ -151,7 +151,9 @@ def save_role(
     folder, # Gets `model/` for everyone, and `adapter.safetensors` for whoever has the trunk
 ):
     "Write a trained role."
-    save_model(merge_lora(policy), tokenizer, Path(folder)/'model')
+    merged = merge_lora(policy)
+    merged.head = nnx.data(None)
+    save_model(merged, tokenizer, Path(folder)/'model')
     if trainable(policy) is not nnx.Param: save_adapter(policy, Path(folder)/'adapter.safetensors')
 
 # %% ../nbs/30_train.ipynb #b52cd3d6
