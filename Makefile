@@ -30,8 +30,8 @@ docs: .venv/.dev ## the notebooks as a site in _docs
 bench: .venv/.dev ## how fast it is here; ARGS="…" goes to each script
 	set -e; for script in bench/*.py; do echo "== $$script"; $(BIN)/python $$script $(ARGS); done
 
-readme: .venv/.dev ## README.md from nbs/index.ipynb
-	$(BIN)/python .ci/readme.py
+readme: .venv/.dev ## README.md from nbs/index.ipynb; ARGS=runs/quickstart shows that run
+	$(BIN)/python .ci/readme.py $(ARGS)
 
 constraints: .venv/.dev ## pin every dependency anew
 	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --extra dev --upgrade --no-header --no-annotate \
