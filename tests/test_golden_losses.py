@@ -1,5 +1,5 @@
 "Losses, advantages, adapters and whole trainings are those of TRL, HALOs, peft and of the papers' own code."
-import dataclasses, functools, inspect, json, os, subprocess, sys
+import dataclasses, functools, json, os, re, subprocess, sys
 from pathlib import Path
 import jax, jax.numpy as jnp, numpy as np, optax, pytest
 from flax import nnx
@@ -19,9 +19,10 @@ double = jax.config.jax_enable_x64
 kind = 'float64' if double else 'float32'
 exact, rough = (1e-10, 1e-6) if double else (1e-5, 1e-5) # rough: where the reference itself used float32 for a constant
 
-def load(name): return np.load(golden/f'{name}.npz')
-def seeds(name): return sorted({k.split('/')[0] for k in load(name).files if k.startswith('s') and k[1].isdigit()})
-def each(name): return pytest.mark.parametrize('seed', seeds(name))
+@functools.cache
+def load(name): return dict(np.load(golden/f'{name}.npz'))
+def seeds(name, *place): return sorted({m[1] for k in load(name) if (m := re.match('/'.join([*place, r'(s\d+)/']), k))})
+def each(name, *place): return pytest.mark.parametrize('seed', seeds(name, *place))
 def array(x): return jnp.asarray(x, kind if np.asarray(x).dtype.kind == 'f' else None)
 
 def close(found, expected, tolerance=exact):
@@ -44,6 +45,13 @@ def sides(tokens, mask, **extra):
     N = len(tokens)//2
     tokens, mask = jnp.asarray(tokens, jnp.int32), jnp.asarray(mask, bool)
     return Pairs(Batch(tokens[:N], mask[:N]), Batch(tokens[N:], mask[N:]), **extra)
+
+@pytest.fixture(autouse=True, scope='module')
+def compile_quickly():
+    "Twice as fast here: there is much to compile and little to compute."
+    jax.config.update('jax_disable_most_optimizations', True)
+    yield
+    jax.config.update('jax_disable_most_optimizations', False)
 
 @pytest.mark.skipif(double, reason='this is the float64 run')
 def test_all_of_this_in_float64():
@@ -86,7 +94,7 @@ def test_dpo_from_logits(seed, loss, names):
     close(jnp.concatenate([pairs.ref_chosen, pairs.ref_rejected]), z[f'{seed}/ref_sum_logps'])
     close(jnp.stack([seen['logps/chosen'][0], seen['logps/rejected'][0]]), z[f'{seed}/policy_sum_logps'].reshape(2, -1).sum(1))
     for name in names: close(losses, z[f'{seed}/{name}/losses'])
-    if (key := f'{seed}/{names[0]}/grad_policy_logits_of_mean') in z.files: close(grad/len(losses), z[key])
+    if (key := f'{seed}/{names[0]}/grad_policy_logits_of_mean') in z: close(grad/len(losses), z[key])
 
 @pytest.mark.parametrize('loss', [bradley_terry, cdpo, functools.partial(cdpo, flipped=.4)], ids=['dpo', 'cdpo', 'cdpo .4'])
 def test_dpo_starts_at_ln_2_and_pulls_evenly(loss):
@@ -224,7 +232,7 @@ def test_ppo_loss_is_that_of_the_first_rlhf_paper(seed, name):
     close(seen['policy/clipfrac_avg'], out('pg_clipfrac'), 1e-6)
     close(seen['val/clipfrac_avg'], out('vf_clipfrac'), 1e-6)
 
-@pytest.mark.parametrize('seed', sorted({k.split('/')[1] for k in load('ppo_lm').files if k.startswith('whiten/')}))
+@each('ppo_lm', 'whiten')
 def test_whitening(seed):
     z = load('ppo_lm')
     x, mask = array(z[f'whiten/{seed}/x']), z[f'whiten/{seed}/mask']
@@ -233,7 +241,7 @@ def test_whitening(seed):
         close(whiten(x, mask, bool(shift))*mask, z[f'whiten/{seed}/sffd_population_shift{shift}']*mask)
         close(whiten(x, np.ones_like(mask), bool(shift)), z[f'whiten/{seed}/lmhp_unmasked_population_shift{shift}'])
 
-@pytest.mark.parametrize('seed', sorted({k.split('/')[1] for k in load('ppo_lm').files if k.startswith('adaptive_kl/')}))
+@each('ppo_lm', 'adaptive_kl')
 def test_adaptive_kl(seed):
     z = load('ppo_lm')
     kl, found = AdaptiveKL(.15, 6., 10_000), []
