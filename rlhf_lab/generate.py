@@ -169,7 +169,8 @@ def stream(
     "Token ids as they are sampled; the same as `generate` gives for a single prompt. Raises LabError as `generate` does."
     limit, (graph, state) = model.config.max_length, nnx.split(model)
     if not prompt or len(prompt) + max_new_tokens > limit:
-        raise LabError(f'a prompt of {len(prompt)} tokens and {max_new_tokens} new ones do not fit the context of {limit}')
+        raise LabError(f'a prompt of {len(prompt)} tokens and {max_new_tokens} new ones do not fit the context of {limit}: '
+            'shorten the prompt or ask for fewer tokens')
     padded = np.zeros((1, -(-len(prompt)//16)*16), np.int32)
     size = -(-(padded.shape[1] + max_new_tokens)//64)*64
     padded[0, :len(prompt)] = prompt
