@@ -28,7 +28,7 @@ docs: .venv/.dev ## the notebooks as a site in _docs
 	$(BIN)/python .ci/docs.py
 
 bench: .venv/.dev ## how fast it is here; ARGS="…" goes to each script
-	set -e; for script in bench/*.py; do echo "== $$script"; $(BIN)/python $$script $(ARGS); done
+	set -e; for name in layers generate train; do echo "== $$name"; $(BIN)/python bench/$$name.py $(ARGS); done
 
 readme: .venv/.dev ## README.md from nbs/index.ipynb; ARGS=runs/quickstart shows that run
 	$(BIN)/python .ci/readme.py $(ARGS)
