@@ -155,7 +155,7 @@ def test_odd_files_are_read(tmp_path, name, tokenizer):
 @pytest.mark.parametrize('name, data, match', [
     ('none.jsonl', None, 'no such file'), ('zero.jsonl', b'', 'no rows'), ('zero.json', b'[]', 'no rows'),
         ('rows.json', b'[{"prompt": "a"},]', 'rows.json'),
-    ('rows.jsonl.gz', b'not gzip', 'cannot be read'), ('cut.jsonl.gz', gzip.compress(GOOD.encode()*99)[:-20],
+    ('rows.jsonl.gz', b'not gzip', 'cannot be read'), ('cut.jsonl.gz', gzip.compress(GOOD.encode()*99, mtime=0)[:-20],
         'cannot be read'), ('rows.parquet', b'PAR1', 'cannot be loaded'),
     ('rows.csv', b'', 'cannot be loaded'), ('rows.txt', b'Hi', 'files of one kind'),
         ('columns.jsonl', b'{"question": "a", "answer": "b"}', 'rename answer to completion'),
@@ -207,7 +207,7 @@ def test_every_kind_of_file_and_folder(tmp_path):
     table, lines = datasets.Dataset.from_list(rows), '\n'.join(map(json.dumps, rows))
     files = {'a.jsonl': lines.encode(), 'a.json': json.dumps(rows).encode(), 'lines.json': lines.encode(),
         'pretty.json': json.dumps(dict(train=rows), indent=2).encode(),
-        'a.jsonl.gz': gzip.compress(lines.encode()), 'a.json.gz': gzip.compress(json.dumps(dict(data=rows)).encode())}
+        'a.jsonl.gz': gzip.compress(lines.encode(), mtime=0), 'a.json.gz': gzip.compress(json.dumps(dict(data=rows)).encode())}
     for name, data in files.items(): (tmp_path/name).write_bytes(data)
     table.to_parquet(tmp_path/'a.parquet'); table.to_csv(tmp_path/'a.csv'); table.save_to_disk(tmp_path/'saved')
     for name in (*files, 'a.parquet', 'a.csv', 'saved'):
