@@ -258,9 +258,9 @@ def practise(
 # %% ../nbs/33_ppo.ipynb #3352be63
 def update(state, step, rollout, config, rng, number) -> tuple: # Mean measurements, and the state
     "The updates on one rollout."
-    seen, rows, size = [], len(rollout.tokens), len(rollout.tokens)//config.minibatches
+    rollout, seen, size = jax.tree.map(np.asarray, rollout), [], len(rollout.tokens)//config.minibatches
     for _ in range(config.epochs):
-        order = rng.permutation(rows)
+        order = rng.permutation(len(rollout.tokens))
         for i in range(config.minibatches):
             part = jax.tree.map(lambda x: x[order[i*size:(i + 1)*size]], rollout)
             state, measured = step(state, part)

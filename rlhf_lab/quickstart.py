@@ -229,7 +229,7 @@ class QuickstartConfig:
     temperature: float = 0.8 # In sampling and in log-probabilities alike
     sft: SFTConfig = field(default_factory=lambda: SFTConfig(steps=40, batch_size=32, **STAGE))
     reward: RewardConfig = field(default_factory=lambda: RewardConfig(pool='mean', batch_size=16, **dict(STAGE, holdout=.2)))
-    ppo: PPOConfig = field(default_factory=lambda: PPOConfig(steps=12, kl_coef=.1, kl_budget=7., **STAGE))
+    ppo: PPOConfig = field(default_factory=lambda: PPOConfig(steps=10, epochs=2, kl_coef=.05, kl_budget=7., **dict(STAGE, learning_rate=2e-3)))
     dpo: DPOConfig = field(default_factory=lambda: DPOConfig(batch_size=16, **STAGE))
 
 def tiny(config: QuickstartConfig) -> QuickstartConfig:
@@ -237,7 +237,7 @@ def tiny(config: QuickstartConfig) -> QuickstartConfig:
     small = dict(precision='float32', max_length=96, top_layers=0, learning_rate=5e-3)
     return replace(config, prompts=96, pairs=640, new_tokens=12,
         sft=replace(config.sft, **dict(small, rank=0, steps=300, epochs=100, batch_size=16)), reward=replace(config.reward, epochs=4, **small),
-        ppo=replace(config.ppo, **small), dpo=replace(config.dpo, **small))
+        ppo=replace(config.ppo, **dict(small, kl_stop=0.)), dpo=replace(config.dpo, **small))
 
 # %% ../nbs/44_quickstart.ipynb #091b9169
 class Stages:

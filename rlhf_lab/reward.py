@@ -68,7 +68,7 @@ def reward_loss(
 def fit_probe(
     chosen: Float[Array, 'N D'], # Pooled states
     rejected: Float[Array, 'N D'],
-    strength: float = .01, # Inverse regularisation
+    strength: float = 5e-4, # Inverse regularisation; weak evidence wants a small one
 ) -> Float[Array, 'D']:
     "The direction that tells the chosen from the rejected answers."
     from sklearn.linear_model import LogisticRegression
@@ -159,7 +159,8 @@ def train_reward(config: RewardConfig):
         optimizer = adamw(config.learning_rate, steps, config.warmup, config.weight_decay, config.max_grad_norm)
         loss = lambda model, batch: reward_loss(model, batch, pool, centre=config.centre)
         state = train(run, init_state(judge, optimizer), make_step(loss, optimizer, config.accumulate), batches, config, 'reward')
-        _, seen = reward_margins(state.model, Batches(pairs, config.batch_size, drop_last=False, extras=extras), pool)
+        few = {name: values[:128] for name, values in extras.items()} # 256 answers are enough for a mean and a deviation
+        _, seen = reward_margins(state.model, Batches(pairs[:128], config.batch_size, drop_last=False, extras=few), pool)
         judge = normalise(state.model, seen)
         card = dict(base=str(config.model), pool=config.pool, rank=config.rank, alpha=config.alpha, top_layers=config.top_layers)
         if tests: card.update(report_margins(run.path, reward_margins(judge, Batches(tests, config.batch_size, drop_last=False), pool)[0]))
