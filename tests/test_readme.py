@@ -39,7 +39,7 @@ def test_every_target_exists_and_is_named():
 
 @pytest.mark.parametrize('target, command', re.findall(r'^\| `make ([a-z-]+)` \| `\.venv/bin/([^`]+)`', readme, re.M))
 def test_the_same_by_hand_is_the_same(target, command):
-    recipe = re.search(rf'^{target}:.*\n((?:\t.*\n)+)', makefile, re.M)[1].replace('$(BIN)/', '').replace('$$script', 'bench/layers.py')
+    recipe = re.search(rf'^{target}:.*\n((?:\t.*\n)+)', makefile, re.M)[1].replace('$(BIN)/', '').replace('$$name', 'layers')
     assert command in recipe
 
 def test_every_verb_exists_and_is_named_with_flags_that_it_has():
