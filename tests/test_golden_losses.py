@@ -1,6 +1,7 @@
 "Losses, advantages, adapters and whole trainings are those of TRL, HALOs, peft and of the papers' own code."
 import dataclasses, functools, json, os, re, subprocess, sys
 from pathlib import Path
+from types import SimpleNamespace
 import jax, jax.numpy as jnp, numpy as np, optax, pytest
 from flax import nnx
 from rlhf_lab.core import Batch, LabError, Pairs, Rollout, masked_mean, whiten
@@ -23,7 +24,7 @@ exact, rough = (1e-10, 1e-6) if double else (1e-5, 1e-5) # rough: where the refe
 def load(name): return dict(np.load(golden/f'{name}.npz'))
 def seeds(name, *place): return sorted({m[1] for k in load(name) if (m := re.match('/'.join([*place, r'(s\d+)/']), k))})
 def each(name, *place): return pytest.mark.parametrize('seed', seeds(name, *place))
-def array(x): return jnp.asarray(x, kind if np.asarray(x).dtype.kind == 'f' else None)
+def array(x): return np.asarray(x, kind if np.asarray(x).dtype.kind == 'f' else None)
 
 def close(found, expected, tolerance=exact):
     expected = np.asarray(expected)
@@ -38,7 +39,6 @@ class Saying:
     split, layers, dtype = 0, (), kind
     def __init__(self, states, head=None): self.states, self.unembed, self.head = states, jnp.eye(states.shape[-1], dtype=kind), head
     def hidden(self, batch): return self.states
-    def values(self, batch, hidden): return self.guesses
 
 def sides(tokens, mask, **extra):
     "Chosen rows and rejected rows as pairs."
@@ -57,7 +57,7 @@ def compile_quickly():
 def test_all_of_this_in_float64():
     "The same tests, to 1e-10."
     done = subprocess.run([sys.executable, '-m', 'pytest', '-q', '-p', 'no:cacheprovider', '-p', 'no:xdist', __file__],
-        env=dict(os.environ, JAX_ENABLE_X64='1', JAX_PLATFORMS='cpu'), capture_output=True, text=True)
+        env=dict(os.environ, JAX_ENABLE_X64='1', JAX_PLATFORMS='cpu'), cwd=golden.parent.parent, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-4000:]
 
 # ── DPO ──
@@ -67,10 +67,12 @@ def test_all_of_this_in_float64():
 def test_dpo_from_logprobs(seed, name, beta):
     z = load('dpo_family')
     logps, ref, mask = array(z[f'{seed}/policy_per_token_logps']), array(z[f'{seed}/ref_per_token_logps']), z[f'{seed}/completion_mask'][:, 1:]
+    @jax.jit
+    @jax.value_and_grad
     def loss(logps):
         chosen, rejected = jnp.split(((logps - ref)*mask).sum(1), 2)
         return bradley_terry(beta*(chosen - rejected)).mean()
-    value, grad = jax.value_and_grad(loss)(logps)
+    value, grad = loss(logps)
     close(value, z[f'{seed}/{name}/loss'])
     close(grad, z[f'{seed}/{name}/grad_policy_per_token_logps'])
 
@@ -101,15 +103,12 @@ def test_dpo_starts_at_ln_2_and_pulls_evenly(loss):
     "And no gradient reaches the prompt, the padding or the reference."
     z = load('dpo_peers_from_logits')
     pairs, logits = sides(z['s0/input_ids'], z['s0/completion_mask']), array(z['s0/policy_logits'])
-    pairs = reference_logprobs(Saying(logits), pairs)
-    value = jax.jit(lambda logits: (lambda total, *rest: (total, rest))(*dpo_loss(Saying(logits), pairs, .1, loss)))
-    total, (weight, seen) = value(logits)
-    close(total/weight, np.log(2), exact/10)
+    pairs, losses, (grad, seen) = ask_pairs(logits, logits, pairs, loss)
+    close(losses, np.full(len(losses), np.log(2)), exact/10)
     assert all(seen[f'rewards/{name}'][0] == 0 for name in ('chosen', 'rejected', 'margins'))
     if loss is bradley_terry:
         N, slope = len(pairs.ref_chosen), jax.grad(lambda chosen, rejected: bradley_terry(.1*(chosen - rejected)).mean(), (0, 1))
         for found, sign in zip(slope(pairs.ref_chosen, pairs.ref_chosen), (-1, 1)): close(found, np.full(N, sign*.1/2/N))
-    grad = jax.grad(value, has_aux=True)(logits)[0]
     used = np.pad(z['s0/completion_mask'][:, 1:] > 0, ((0, 0), (0, 1)))
     assert (np.asarray(grad)[~used] == 0).all() and (np.abs(grad).sum(-1)[used] > 0).all()
 
@@ -147,17 +146,20 @@ def test_fifteen_updates_of_dpo(seed, name):
 @pytest.mark.parametrize('name, with_margin, centre', [('plain', 0, 0.), ('margin', 1, 0.), ('center0.01', 0, .01), ('margin_center0.1', 1, .1)])
 def test_bradley_terry(seed, name, with_margin, centre):
     z = load('reward_model')
-    rewards = array(z[f'{seed}/rewards'])
+    rewards, margin = array(z[f'{seed}/rewards']), with_margin*array(z[f'{seed}/margin'])
     tokens = np.zeros((len(rewards), 3))
+    @jax.jit
+    @functools.partial(jax.value_and_grad, has_aux=True)
     def loss(rewards):
         states = jnp.tile(rewards[:, None, None], (1, 3, 1))
         model = Saying(states, head=lambda pooled: pooled[:, 0])
-        return reward_loss(model, sides(tokens, [[0, 1, 1]]*len(rewards)), last_token, distance=with_margin*array(z[f'{seed}/margin']), centre=centre)
-    total, weight, seen = loss(rewards)
+        total, *rest = reward_loss(model, sides(tokens, [[0, 1, 1]]*len(tokens)), last_token, distance=margin, centre=centre)
+        return total, rest
+    (total, (weight, seen)), grad = loss(rewards)
     close(total/weight, z[f'{seed}/{name}/loss'])
     close(seen['accuracy'][0]/weight, z[f'{seed}/{name}/accuracy'], 1e-6)
     close(seen['margin'][0]/weight, z[f'{seed}/{name}/mean_margin'])
-    close(jax.grad(lambda r: loss(r)[0])(rewards)/weight, z[f'{seed}/{name}/grad_rewards'])
+    close(grad/weight, z[f'{seed}/{name}/grad_rewards'])
 
 def test_equal_rewards_cost_ln_2_and_a_margin_its_own_share():
     close(bradley_terry(array(0.)), np.log(2))
@@ -166,7 +168,6 @@ def test_equal_rewards_cost_ln_2_and_a_margin_its_own_share():
 # ── PPO ──
 
 def column(z, seed): return {name: array(z[f'{seed}/{name}']) for name in ('logprobs', 'ref_logprobs', 'values', 'scores', 'new_logprobs', 'vpred')}
-def upto(last, T): return np.arange(T) <= last[:, None]
 
 CONFIGS = {'g1_l0.95': (1., .95, False, 0.), 'g1_l0.95_whiten': (1., .95, True, 1.), 'g0.99_l0.9_k3': (.99, .9, False, 1.)}
 
@@ -177,28 +178,32 @@ def test_rewards_advantages_and_losses(seed, name, who, ddof):
     Where they estimate KL otherwise, or replace scores, the test does it, too."""
     z, (gamma, lam, white, penalty) = load('ppo_lm'), CONFIGS[name]
     out, x = (lambda key: z[f'{seed}/{who}/{name}/{key}']), column(z, seed)
-    T, last = x['values'].shape[1], z[f'{seed}/sequence_lengths_index_of_last_token']
-    mask, longer = upto(last, T), upto(last + 1, T)
-    price = jnp.where(mask, x['logprobs'] - x['ref_logprobs'], 0)
-    if name.endswith('k3'): price = jnp.where(mask, jnp.exp(-price) - 1 + price, 0)
-    done = (z[f'{seed}/responses'] == 2).any(1)
+    last, done = z[f'{seed}/sequence_lengths_index_of_last_token'], (z[f'{seed}/responses'] == 2).any(1)
+    mask, longer = (np.arange(x['values'].shape[1]) <= end[:, None] for end in (last, last + 1))
     scores = jnp.where(done | (penalty == 0), x['scores'], x['scores'] - penalty if who == 'trl' else -penalty)
     close(scores, out('scores_after_penalty'))
-    rewards = shaped_rewards(price, jnp.zeros_like(price), longer, scores, .05)
-    if white: rewards = whiten(rewards, longer, shift_mean=False, ddof=ddof)
     loose = rough if white or who == 'trl' else exact
-    close(rewards, out('rewards'), loose)
-    advantages, returns = gae(rewards, x['values'], longer, gamma, lam)
-    close(returns, out('returns'), loose)
-    close(whiten(advantages, mask, ddof=ddof), out('advantages'), loose)
-    advantages, returns = array(out('advantages')), array(out('returns'))
-    policy = lambda new: masked_mean(clipped_surrogate(new, jnp.where(mask, x['logprobs'], 0), advantages), mask)
-    value = lambda guess: masked_mean(clipped_value_loss(guess, x['values'], returns), longer)
-    close(policy(x['new_logprobs']), out('pg_loss'))
-    close(value(x['vpred']), out('vf_loss'))
-    close(policy(x['new_logprobs']) + .1*value(x['vpred']), out('loss'))
-    close(jax.grad(policy)(x['new_logprobs'])*mask, out('grad_new_logprobs')*mask)
-    close(.1*jax.grad(value)(x['vpred'])*longer, out('grad_vpred')*longer)
+
+    @jax.jit
+    def advantages_of(x, mask, longer, scores):
+        price = jnp.where(mask, x['logprobs'] - x['ref_logprobs'], 0)
+        if name.endswith('k3'): price = jnp.where(mask, jnp.exp(-price) - 1 + price, 0)
+        rewards = shaped_rewards(price, jnp.zeros_like(price), longer, scores, .05)
+        if white: rewards = whiten(rewards, longer, shift_mean=False, ddof=ddof)
+        advantages, returns = gae(rewards, x['values'], longer, gamma, lam)
+        return dict(rewards=rewards, returns=returns, advantages=whiten(advantages, mask, ddof=ddof))
+    for key, found in advantages_of(x, mask, longer, scores).items(): close(found, out(key), loose)
+
+    @jax.jit
+    @functools.partial(jax.value_and_grad, argnums=(0, 1), has_aux=True)
+    def losses(new, guess, advantages, returns):
+        policy = masked_mean(clipped_surrogate(new, jnp.where(mask, x['logprobs'], 0), advantages), mask)
+        value = masked_mean(clipped_value_loss(guess, x['values'], returns), longer)
+        return policy + .1*value, (policy, value)
+    (total, parts), slopes = losses(x['new_logprobs'], x['vpred'], array(out('advantages')), array(out('returns')))
+    for key, found in zip(('loss', 'pg_loss', 'vf_loss'), (total, *parts)): close(found, out(key))
+    close(slopes[0]*mask, out('grad_new_logprobs')*mask)
+    close(slopes[1]*longer, out('grad_vpred')*longer)
 
 def saying(logprobs, tokens):
     "A model that gives each token the log-probability it is told to, and the prompt token before them nothing."
@@ -215,31 +220,33 @@ def test_ppo_loss_is_that_of_the_first_rlhf_paper(seed, name):
     out, x = (lambda key: z[f'{seed}/lmhp_details/{name}/{key}']), column(z, seed)
     B, T = x['values'].shape
     right = lambda a, fill=0: jnp.pad(a, ((0, 0), (1, 0)), constant_values=fill) # one prompt token before them
-    tokens = jnp.asarray(z[f'{seed}/responses'], jnp.int32)
+    tokens = z[f'{seed}/responses'].astype('int32')
     rollout = Rollout(right(tokens), right(jnp.ones((B, T), bool)), logprobs=right(x['logprobs']), ref_logprobs=right(x['ref_logprobs']), values=right(x['values']))
-    rollout = add_advantages(rollout, x['scores'], .15, PPOConfig(whiten_rewards=name == 'whiten'))
+    rollout = jax.jit(lambda rollout: add_advantages(rollout, x['scores'], .15, PPOConfig(whiten_rewards=name == 'whiten')))(rollout)
     for key in ('rewards', 'advantages', 'returns'): close(getattr(rollout, key)[:, 1:], out(key))
 
+    @jax.jit
+    @functools.partial(jax.value_and_grad, argnums=(0, 1), has_aux=True)
     def loss(new, guesses): # log-probabilities are moved below 0; only their differences count
-        actor = ActorCritic(None)
-        object.__setattr__(actor, 'policy', saying(new - 2, tokens))
-        object.__setattr__(actor, 'values', lambda batch, hidden: right(guesses))
+        actor = SimpleNamespace(policy=saying(new - 2, tokens), values=lambda batch, hidden: right(guesses))
         total, weight, seen = ppo_loss(actor, rollout.replace(logprobs=right(x['logprobs'] - 2)), value_weight=.1)
         return total/weight, {key: a/b for key, (a, b) in seen.items()}
-    (total, seen), grads = jax.value_and_grad(loss, (0, 1), has_aux=True)(x['new_logprobs'], x['vpred'])
+    (total, seen), grads = loss(x['new_logprobs'], x['vpred'])
     for found, key in [(total, 'loss'), (seen['loss/policy_avg'], 'pg_loss'), (seen['loss/value_avg'], 'vf_loss')]: close(found, out(key))
     for found, key in zip(grads, ('grad_new_logprobs', 'grad_vpred')): close(found, out(key))
     close(seen['policy/clipfrac_avg'], out('pg_clipfrac'), 1e-6)
     close(seen['val/clipfrac_avg'], out('vf_clipfrac'), 1e-6)
+
+whiten_now = jax.jit(whiten, static_argnums=(2, 3))
 
 @each('ppo_lm', 'whiten')
 def test_whitening(seed):
     z = load('ppo_lm')
     x, mask = array(z[f'whiten/{seed}/x']), z[f'whiten/{seed}/mask']
     for shift in (0, 1):
-        close(whiten(x, mask, bool(shift), ddof=1)*mask, z[f'whiten/{seed}/trl_bessel_shift{shift}']*mask, rough)
-        close(whiten(x, mask, bool(shift))*mask, z[f'whiten/{seed}/sffd_population_shift{shift}']*mask)
-        close(whiten(x, np.ones_like(mask), bool(shift)), z[f'whiten/{seed}/lmhp_unmasked_population_shift{shift}'])
+        close(whiten_now(x, mask, bool(shift), 1)*mask, z[f'whiten/{seed}/trl_bessel_shift{shift}']*mask, rough)
+        close(whiten_now(x, mask, bool(shift))*mask, z[f'whiten/{seed}/sffd_population_shift{shift}']*mask)
+        close(whiten_now(x, np.ones_like(mask), bool(shift)), z[f'whiten/{seed}/lmhp_unmasked_population_shift{shift}'])
 
 @each('ppo_lm', 'adaptive_kl')
 def test_adaptive_kl(seed):

@@ -52,7 +52,7 @@ def compile_quickly():
 def test_all_of_this_in_float64():
     "The same tests: GPT-2 to 1e-10, Llama to 1e-5."
     done = subprocess.run([sys.executable, '-m', 'pytest', '-q', '-p', 'no:cacheprovider', '-p', 'no:xdist', __file__],
-        env=dict(os.environ, JAX_ENABLE_X64='1', JAX_PLATFORMS='cpu'), capture_output=True, text=True)
+        env=dict(os.environ, JAX_ENABLE_X64='1', JAX_PLATFORMS='cpu'), cwd=golden.parent.parent, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-4000:]
 
 @families
