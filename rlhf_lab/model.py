@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ModelConfig', 'dot', 'Linear', 'Norm', 'rope_frequencies', 'rope', 'row_positions', 'causal_mask', 'attention',
-           'Block', 'Transformer', 'run_layers', 'word_logprobs', 'score_tokens']
+           'swiglu', 'Block', 'Transformer', 'run_layers', 'word_logprobs', 'score_tokens']
 
 # %% ../nbs/20_model.ipynb #6bca2b1c
 import dataclasses, functools, jax, jax.numpy as jnp
@@ -139,6 +139,22 @@ def attention(
     weights = jax.nn.softmax(jnp.where(mask[:, :, None], scores, -1e30)).reshape(B, K, N//K*T, -1)
     return jnp.einsum('bkqs,bksh->bkqh', weights, v).reshape(B, K, N//K, T, H).transpose(0, 3, 1, 2, 4).reshape(B, T, N*H)
 
+# %% ../nbs/20_model.ipynb #75670ca3
+@jax.custom_vjp
+def swiglu(
+    x: Float[Array, '... 2F'], # Gate and value, side by side
+) -> Float[Array, '... F']:
+    "silu(gate) · value ([Shazeer 2020](https://arxiv.org/abs/2002.05202))."
+    gate, value = jnp.split(x, 2, axis=-1)
+    return jax.nn.silu(gate)*value
+
+def _swiglu_backward(x, grad):
+    gate, value = jnp.split(x, 2, axis=-1)
+    open_ = jax.nn.sigmoid(gate)
+    return (jnp.concatenate([grad*value*open_*(1 + gate*(1 - open_)), grad*gate*open_], axis=-1),)
+
+swiglu.defvjp(lambda x: (swiglu(x), x), _swiglu_backward)
+
 # %% ../nbs/20_model.ipynb #c1177f53
 class Block(nnx.Module):
     "One layer: attention, then feed-forward, each added to the stream."
@@ -175,8 +191,7 @@ class Block(nnx.Module):
 
     def think(self, x):
         if self.config.gpt2: return self.down(jax.nn.gelu(self.up(x), approximate=True))
-        gate, up = jnp.split(self.up(x), 2, axis=-1)
-        return self.down(jax.nn.silu(gate)*up)
+        return self.down(swiglu(self.up(x)))
 
 # %% ../nbs/20_model.ipynb #ed30f608
 class Transformer(nnx.Module):

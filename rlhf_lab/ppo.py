@@ -211,9 +211,10 @@ def check_start(rollout: Rollout, precision: str):
     if kl > (1e-6 if precision == 'float32' else 1e-3): raise LabError(f'before the first update the policy is {kl:.2g} nats per token away from its '
         'reference, and should be 0 away: the adapter is not fresh, or policy and reference differ in temperature, precision or padding')
 
-def check_ratio(off: float, precision: str):
+def check_ratio(measured: dict, precision: str):
     "Raises LabError when the ratio of the first update is not 1."
-    if off > (1e-5 if precision == 'float32' else .2): raise LabError(f'in the first update the probability ratio is off by {off:.2g}, and should be 1: '
+    off, most = (measured['lab/ratio_off'], 1e-5) if precision == 'float32' else (measured['policy/approxkl_avg'], 1e-3)
+    if off > most: raise LabError(f'in the first update the probability ratio is off by {off:.2g}, and should be 1: '
         'the log-probabilities of the rollout come from another temperature, precision or model than those of training')
 
 # %% ../nbs/33_ppo.ipynb #2070c5c6
@@ -265,7 +266,7 @@ def update(state, step, rollout, config, rng, number) -> tuple: # Mean measureme
             part = jax.tree.map(lambda x: x[order[i*size:(i + 1)*size]], rollout)
             state, measured = step(state, part)
             seen.append({name: float(value) for name, value in measured.items()})
-            if number == 0 and len(seen) == 1: check_ratio(seen[0]['lab/ratio_off'], config.precision)
+            if number == 0 and len(seen) == 1: check_ratio(seen[0], config.precision)
             if not seen[-1]['taken']: break
         if not seen[-1]['taken']: break
     return {name: float(np.mean([m[name] for m in seen])) for name in seen[0]} | {'lab/updates': sum(m['taken'] for m in seen)}, state

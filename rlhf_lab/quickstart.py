@@ -224,12 +224,12 @@ class QuickstartConfig:
     split: Literal['report', 'development'] = 'report' # Whose prompts are judged; development is for choosing settings
     prompts: int = 256 # How many are judged
     candidates: int = 4 # Of best-of-n
-    pairs: int = 768 # Preferences for the reward model and for DPO
+    pairs: int = 640 # Preferences for the reward model and for DPO
     new_tokens: int = 32 # In a completion
     temperature: float = 0.8 # In sampling and in log-probabilities alike
-    sft: SFTConfig = field(default_factory=lambda: SFTConfig(steps=40, batch_size=32, **STAGE))
+    sft: SFTConfig = field(default_factory=lambda: SFTConfig(steps=32, batch_size=32, **STAGE))
     reward: RewardConfig = field(default_factory=lambda: RewardConfig(pool='mean', batch_size=16, **dict(STAGE, holdout=.2)))
-    ppo: PPOConfig = field(default_factory=lambda: PPOConfig(steps=10, epochs=2, kl_coef=.05, kl_budget=7., **dict(STAGE, learning_rate=2e-3)))
+    ppo: PPOConfig = field(default_factory=lambda: PPOConfig(steps=8, epochs=2, kl_coef=.05, kl_budget=7., **dict(STAGE, learning_rate=2e-3)))
     dpo: DPOConfig = field(default_factory=lambda: DPOConfig(batch_size=16, **STAGE))
 
 def tiny(config: QuickstartConfig) -> QuickstartConfig:

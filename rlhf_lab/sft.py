@@ -45,7 +45,7 @@ def prepare_rows(
     kept, counts = clean_rows(rows, tokenizer, config.max_length)
     dropped = ', '.join(f'{n} {why}' for why, n in counts.items() if n)
     if not kept: raise DataError(f'{config.data}: no row is left after cleaning ({dropped or "it is empty"})')
-    print(f'{config.data}: {len(kept)} rows' + (f', dropped {dropped}' if dropped else ''))
+    print(f'{Path(config.data).name}: {len(kept)} rows' + (f', dropped {dropped}' if dropped else ''))
     return split_rows(kept, config.holdout, config.seed) if config.holdout else (kept, [])
 
 # %% ../nbs/31_sft.ipynb #6acf9584
