@@ -29,6 +29,7 @@ def main() -> int:
         (pages/name(file)).write_text(text.replace('](../', ']('), encoding='utf-8')
     for text in texts: shutil.copy(text, pages)
     shutil.copytree(root/'docs', pages/'docs')
+    shutil.copy(root/'LICENSE', pages)
     contents = ''.join(f'      - {name(file)}\n' for file in [*files, *texts])
     (pages/'_quarto.yml').write_text('project:\n  type: website\n  output-dir: _site\nwebsite:\n  title: rlhf_lab\n'
                                      f'  navbar:\n    search: true\n  sidebar:\n    contents:\n{contents}')
