@@ -87,7 +87,7 @@ def clipped_value_loss(
     clip: float = .2,
 ) -> Float[Array, '...']:
     "Half the larger squared error, of the guess and of the guess held near the old one."
-    near = old_values + jnp.clip(values - old_values, -clip, clip)
+    near = jnp.clip(values, old_values - clip, old_values + clip)
     return .5*jnp.maximum((values - returns)**2, (near - returns)**2)
 
 # %% ../nbs/33_ppo.ipynb #873022b7
