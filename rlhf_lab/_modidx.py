@@ -408,6 +408,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'rlhf_lab.tokens.visible': ('tokens.html#visible', 'rlhf_lab/tokens.py'),
                                  'rlhf_lab.tokens.whole_letters': ('tokens.html#whole_letters', 'rlhf_lab/tokens.py')},
             'rlhf_lab.train': { 'rlhf_lab.train.TrainConfig': ('train.html#trainconfig', 'rlhf_lab/train.py'),
+                                'rlhf_lab.train.TrainConfig.__post_init__': ('train.html#trainconfig.__post_init__', 'rlhf_lab/train.py'),
                                 'rlhf_lab.train.adamw': ('train.html#adamw', 'rlhf_lab/train.py'),
                                 'rlhf_lab.train.add_up': ('train.html#add_up', 'rlhf_lab/train.py'),
                                 'rlhf_lab.train.checkpoint': ('train.html#checkpoint', 'rlhf_lab/train.py'),

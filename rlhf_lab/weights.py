@@ -100,7 +100,7 @@ def read_directory(folder: Path):
     "The configuration of a Hugging Face directory, and a function name → array over its safetensors, one file or many."
     from safetensors import safe_open, SafetensorError
     try: config = config_from_hf(json.loads((folder/'config.json').read_text()))
-    except FileNotFoundError: raise CheckpointError(f'{folder} has no config.json: it is not a model directory') from None
+    except (FileNotFoundError, NotADirectoryError): raise CheckpointError(f'{folder} has no config.json: it is not a model directory') from None
     except (ValueError, KeyError) as error: raise CheckpointError(f'{folder/"config.json"} is broken ({error!r}): save or download the model again') from None
     where = {}
     for file in sorted(folder.glob('*.safetensors')):

@@ -371,6 +371,8 @@ def test_before_the_first_update_the_ratio_is_one_and_the_loss_zero():
     rollout = add_advantages(rollout, jnp.arange(8.), .1, PPOConfig())
     seen = {name: float(a/b) for name, (a, b) in ask(ppo_loss, actor, rollout)[2].items()}
     assert abs(seen['loss/policy_avg']) < 1e-6 and seen['policy/approxkl_avg'] < 1e-10 and seen['policy/clipfrac_avg'] == 0
-    check_ratio(seen['lab/ratio_off'], 'float32')
-    with pytest.raises(LabError, match='temperature'): check_ratio(float(ask(ppo_loss, actor, rollout, jnp.float32(.8))[2]['lab/ratio_off'][0]), 'float32')
+    other = {name: float(a/b) for name, (a, b) in ask(ppo_loss, actor, rollout, jnp.float32(.8))[2].items()}
+    for precision in ('float32', 'bfloat16'):
+        check_ratio(seen, precision)
+        with pytest.raises(LabError, match='temperature'): check_ratio(other, precision)
     with pytest.raises(LabError, match='adapter'): check_start(rollout.replace(logprobs=rollout.logprobs + .01*rollout.mask), 'float32')
