@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['COLUMNS', 'COLORS', 'win_rate', 'sequence_kl', 'perplexity', 'ngrams', 'distinct_n', 'repetition', 'Meter',
-           'peak_memory', 'ask', 'surprise', 'Answers', 'judged', 'best_of', 'cell', 'table_markdown', 'frontier_plot',
-           'write_png', 'plain', 'samples_markdown', 'write_report', 'judge_of', 'EvalConfig', 'evaluate']
+           'peak_memory', 'ask', 'load_roles', 'surprise', 'Answers', 'judged', 'best_of', 'cell', 'table_markdown',
+           'frontier_plot', 'write_png', 'plain', 'samples_markdown', 'write_report', 'judge_of', 'EvalConfig',
+           'evaluate']
 
 # %% ../nbs/40_evaluate.ipynb #517bebe1
 import json, os, re, resource, sys, time
@@ -16,8 +17,9 @@ from flax import nnx
 from .core import Array, Batch, Rollout, UsageError
 from .data import Example, collate, load_rows, tokenize_rows
 from .generate import completions, generate
+from .lora import on_trunk
 from .model import Transformer, score_tokens
-from .reward import load_judge, score
+from .reward import load_judge, model_reward
 from .rows import answers, normalise_rows, require_good
 from .runs import Run, disk_errors, write_file
 from .stats import interval, middle, resample
@@ -110,30 +112,51 @@ def ask(
     max_new_tokens: int = 64,
     temperature: float = 1.,
     stop: tuple = (), # Token ids that end a completion
-    batch_size: int = 64,
-) -> Rollout: # A row for each prompt
-    "Sample one completion of each prompt."
+    n: int = 1, # Completions of each prompt
+    batch_size: int = 64, # Completions at once
+) -> Rollout: # Rows [N·n], the completions of a prompt beside each other
+    "Sample completions of each prompt."
     parts, width = [], -(-max(map(len, prompts))//16)*16
-    for start, real, some in _in_batches(prompts, batch_size):
+    for start, real, some in _in_batches(prompts, max(1, batch_size//n)):
         rollout = generate(model, some, key=key, max_new_tokens=max_new_tokens, temperature=temperature, stop=stop, width=width,
-            rows=np.arange(start, start + len(some)))
+            n=n, rows=np.arange(start*n, (start + len(some))*n))
         if reference is not None:
-            own, other = (_logprobs(m, Batch(rollout.tokens, rollout.mask), temperature) for m in (model, reference))
+            both = Batch(rollout.tokens, rollout.mask, below=rollout.below if reference.split == model.split else None)
+            own, other = (_logprobs(m, both, temperature) for m in (model, reference))
             rollout = rollout.replace(logprobs=own, ref_logprobs=other)
-        parts.append(jax.tree.map(lambda x: np.asarray(x[:real]), rollout))
+        parts.append(jax.tree.map(lambda x: np.asarray(x[:real*n]), rollout))
     return jax.tree.map(lambda *x: np.concatenate(x), *parts)
 
+def load_roles(
+    folders: dict, # Name → model directory, or a name that `load_model` knows
+    precision: str = 'float32', # Of products
+) -> tuple: # Name → model, and the tokenizer of the last
+    "Load models that belong together. What is equal is held once, and `split` is where the first of them leaves the common trunk."
+    models = {}
+    for name, folder in folders.items():
+        model, tokenizer = load_model(folder, precision)
+        models[name] = on_trunk(model, next(iter(models.values()), model))
+    split = min(model.split for model in models.values())
+    for model in models.values(): model.split = split
+    return models, tokenizer
+
 # %% ../nbs/40_evaluate.ipynb #cd3ee403
+@jax.jit
+def _below(model, batch): return batch.replace(below=model.below(batch).astype(model.dtype))
+
 def surprise(
-    model: Transformer,
+    models: list[Transformer], # Those with a `split` are roles on one trunk
     examples: list[Example], # Their masks say which tokens count
     batch_size: int = 64,
-) -> tuple[np.ndarray, np.ndarray]: # Summed log-probabilities [N] in nats, and token counts [N]
+) -> list: # For each model the summed log-probabilities [N] in nats, and the token counts [N]
     "What `perplexity` needs to know about texts that somebody else wrote."
-    width, sums = -(-max(len(example.tokens) for example in examples)//16)*16, []
+    width, sums = -(-max(len(example.tokens) for example in examples)//16)*16, [[] for _ in models]
+    shared = len({model.split for model in models}) == 1 and models[0].split
     for _, real, some in _in_batches(examples, batch_size):
-        sums.append(np.asarray(_logprobs(model, collate([[example] for example in some], width), 1.).sum(1))[:real])
-    return np.concatenate(sums), np.array([example.mask.sum() for example in examples])
+        batch = collate([[example] for example in some], width)
+        if shared: batch = _below(models[0], batch)
+        for model, found in zip(models, sums): found.append(np.asarray(_logprobs(model, batch, 1.).sum(1))[:real])
+    return [(np.concatenate(found), np.array([example.mask.sum() for example in examples])) for found in sums]
 
 # %% ../nbs/40_evaluate.ipynb #f27bc70a
 @dataclass
@@ -279,12 +302,12 @@ def write_report(
     write_file(folder/'report.md', f'{text}\n\n{table_markdown(rows)}\n![gold score against KL](frontier.png)\n\n## Samples\n\n{samples}')
 
 # %% ../nbs/40_evaluate.ipynb #7a5b37e9
-def judge_of(folder): # Rollout → [N]
+def judge_of(
+    folder, # Of the reward model
+    trunk: Transformer = None, # Whose rollouts it will see; where it has a `split`, they carry `below`
+): # Rollout → [N]
     "The reward model of a run, as a function."
-    judge, pool = load_judge(folder)
-    ask = jax.jit(lambda judge, batch: score(judge, batch, pool))
-    parts = lambda rollout: [Batch(rollout.tokens[i:i + 64], rollout.mask[i:i + 64]) for i in range(0, len(rollout.tokens), 64)]
-    return lambda rollout: np.concatenate([np.asarray(ask(judge, part)) for part in parts(rollout)])
+    return model_reward(*load_judge(folder, trunk))
 
 @dataclass
 class EvalConfig:
@@ -316,7 +339,7 @@ def evaluate(config: EvalConfig) -> list[dict]: # The rows of `table.json`
             first = first or model
             rollout = ask(model, [encode_prompt(tokenizer, row['prompt']) for row in rows], key=jax.random.fold_in(jax.random.key(config.seed), len(found)),
                 reference=first, max_new_tokens=config.max_new_tokens, temperature=config.temperature, stop=(tokenizer.eos_token_id,), batch_size=config.batch_size)
-            human = surprise(model, tokenize_rows(written, tokenizer), config.batch_size) if written else None
+            human = surprise([model], tokenize_rows(written, tokenizer), config.batch_size)[0] if written else None
             name = str(Path(place).parent) if Path(place).name == 'model' else str(place)
             found.append(judged(name, rollout, tokenizer, lambda texts: reward(rollout), reward, human, meter.seconds, meter.peak_mb))
         table = [one.row(found[0]) for one in found]

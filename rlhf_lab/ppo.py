@@ -4,20 +4,19 @@
 
 # %% auto #0
 __all__ = ['last_slot', 'shaped_rewards', 'gae', 'AdaptiveKL', 'clipped_surrogate', 'clipped_value_loss', 'ActorCritic',
-           'ppo_loss', 'model_reward', 'text_reward', 'ended', 'PPOConfig', 'appraise', 'add_advantages', 'check_start',
-           'check_ratio', 'practise', 'update', 'describe', 'load_reward', 'load_actor', 'load_prompts', 'train_ppo',
-           'kept', 'resume']
+           'ppo_loss', 'text_reward', 'ended', 'PPOConfig', 'appraise', 'add_advantages', 'check_start', 'check_ratio',
+           'practise', 'update', 'describe', 'load_reward', 'load_actor', 'load_prompts', 'train_ppo', 'kept', 'resume']
 
 # %% ../nbs/33_ppo.ipynb #099be924
 import dataclasses, functools, jax, jax.numpy as jnp, numpy as np
 from flax import nnx
 from pathlib import Path
-from .core import Array, Batch, Bool, DataError, Float, LabError, Rollout, State, masked_mean, masked_var, whiten
+from .core import Array, Batch, Bool, DataError, Float, LabError, Rollout, State, UsageError, masked_mean, masked_var, whiten
 from .data import load_rows, prompt_texts, require_good
 from .generate import completions, generate
 from .lora import add_head, add_lora, drop_lora, merge_lora
 from .model import Transformer, score_tokens
-from .reward import load_judge, score
+from .reward import load_judge, model_reward
 from .runs import Run, progress
 from .tokens import encode_prompt
 from .train import TrainConfig, adamw, init_state, load_role, make_step, save_role
@@ -125,12 +124,6 @@ def ppo_loss(
         'lab/ratio_off': (jnp.abs(ratio - 1).max(), jnp.ones(()))}
 
 # %% ../nbs/33_ppo.ipynb #66a015dd
-def model_reward(judge: Transformer, pool): # rollout → scores [B]
-    "A reward model as the reward."
-    graph, state = nnx.split(judge)
-    ask = jax.jit(lambda state, batch: score(nnx.merge(graph, state), batch, pool))
-    return lambda rollout: ask(state, Batch(rollout.tokens, rollout.mask, below=rollout.below if judge.split else None))
-
 def text_reward(
     f, # (prompts, completions), lists of texts → a list of numbers
     tokenizer,
@@ -186,7 +179,7 @@ def appraise(
     temperature: float,
 ) -> Rollout: # With log-probabilities, values and the states below the adapters
     "What policy, critic and reference think of a batch."
-    below = model.policy.below(batch) if model.policy.split else None
+    below = batch.below if batch.below is not None or not model.policy.split else model.policy.below(batch)
     batch = Rollout(batch.tokens, batch.mask, below=below)
     hidden = model.policy.hidden(batch)
     logprobs, ref_logprobs = score_tokens(model.policy, batch, temperature, hidden)[0], score_tokens(reference, batch, temperature)[0]
@@ -244,7 +237,7 @@ def practise(
         chosen = [prompts[i] for i in rng.permutation(len(prompts))[:config.batch_size]]
         sampled = write(merge_lora(state.model.policy), chosen, key=key, max_new_tokens=config.max_new_tokens, temperature=config.temperature,
             stop=stop if config.stop_at_eos else ())
-        rollout = look(state, reference, Batch(sampled.tokens, sampled.mask))
+        rollout = look(state, reference, Batch(sampled.tokens, sampled.mask, below=sampled.below))
         if number == 0: check_start(rollout, config.precision)
         scores, done = jnp.asarray(reward(rollout), jnp.float32), ended(rollout, stop)
         scores = scores - config.missing_eos_penalty*~done
@@ -283,12 +276,9 @@ def describe(rollout: Rollout, scores: Float[Array, 'B'], done: Bool[Array, 'B']
 
 # %% ../nbs/33_ppo.ipynb #46121d0d
 def load_reward(config: PPOConfig, policy: Transformer): # rollout → scores
-    "The judge of `config.reward`; on the policy's own trunk if it was trained there. Raises LabError when none is given."
-    import json
-    if not config.reward: raise LabError('no reward is given: add --reward with the run of a reward model (`rlhf-lab reward` makes one)')
-    card = Path(config.reward)/'reward.json'
-    alike = card.exists() and json.loads(card.read_text()).get('base') == str(config.model) and config.rank
-    return model_reward(*load_judge(config.reward, drop_lora(policy) if alike else None, config.precision))
+    "The judge of `config.reward`, on the policy's own trunk as far as they are alike. Raises UsageError when none is given."
+    if not config.reward: raise UsageError('no reward is given: add --reward with the run of a reward model (`rlhf-lab reward` makes one)')
+    return model_reward(*load_judge(config.reward, drop_lora(policy), config.precision))
 
 def load_actor(config: PPOConfig, key: Array): # Actor and critic, and the tokenizer
     "A fresh policy with its critic, whose head starts at zero."

@@ -16,7 +16,7 @@ import jax, numpy as np
 from .core import DataError
 from .data import tokenize_rows
 from .dpo import DPOConfig, train_dpo
-from .evaluate import Meter, ask, best_of, judge_of, judged, samples_markdown, surprise, table_markdown, write_report
+from .evaluate import Meter, ask, best_of, judge_of, judged, load_roles, samples_markdown, surprise, table_markdown, write_report
 from .generate import completions
 from .model import ModelConfig, Transformer
 from .ppo import PPOConfig, train_ppo
@@ -180,7 +180,8 @@ def label_pairs(
 
 # %% ../nbs/44_quickstart.ipynb #058104ec
 def compare(
-    folders: dict, # Name → model directory, or a name that `load_model` knows; `sft` is the reference
+    models: dict, # Name → model, of `load_roles`; `sft` is the reference
+    tokenizer,
     took: dict, # Name → seconds and peak_mb of the stage that made it, where there is one
     rows: list[dict], # Of `film_prompts`
     gold, # Texts → [N]
@@ -188,20 +189,18 @@ def compare(
     *,
     key,
     candidates: int = 4, # Of best-of-n
-    compute: str = 'float32', # Precision of products
     **how, # Further arguments of `ask`
 ) -> tuple: # Rows of the table, and all `Answers` by name
     "Ask every model, and judge."
-    sft, tokenizer = load_model(folders['sft'], compute)
-    how = dict(how, stop=(tokenizer.eos_token_id,))
+    how = dict(how, stop=(tokenizer.eos_token_id,), batch_size=128)
     prompts = [encode_prompt(tokenizer, row['prompt']) for row in rows]
     written = tokenize_rows([{name: row[name] for name in ('prompt', 'completion')} for row in rows], tokenizer, eos=False)
-    def answers(name, model, number, reference=None, human=None):
-        rollout = ask(model, prompts, key=jax.random.fold_in(key, number), reference=reference, **how)
-        return judged(name, rollout, tokenizer, gold, reward, human or surprise(model, written), **took.get(name, {}))
-    rival = answers('sft', sft, 0)
-    samples = [answers('sft', sft, number, human=rival.human) for number in range(1, candidates + 1)]
-    every = {name: rival if name == 'sft' else answers(name, load_model(folder, compute)[0], candidates + 1, sft) for name, folder in folders.items()}
+    human = dict(zip(models, surprise(list(models.values()), written)))
+    judge = lambda name, rollout: judged(name, rollout, tokenizer, gold, reward, human[name], **took.get(name, {}))
+    many = ask(models['sft'], prompts, key=key, n=candidates + 1, **how)
+    rival, *samples = (judge('sft', jax.tree.map(lambda x: x[k::candidates + 1], many)) for k in range(candidates + 1))
+    other = lambda name: judge(name, ask(models[name], prompts, key=jax.random.fold_in(key, 1), reference=models['sft'], **how))
+    every = {name: rival if name == 'sft' else other(name) for name in models}
     coin = np.random.default_rng(0).random((len(rows), candidates))
     lengths = np.stack([[len(text) for text in sample.texts] for sample in samples], axis=1)
     judges = dict(best=np.stack([sample.reward for sample in samples], axis=1), longest=lengths, random=coin)
@@ -268,9 +267,9 @@ def sample_pairs(
 ):
     "Two completions of each prompt, and the gold scorer's choice."
     policy, tokenizer = load_model(model, config.sft.precision)
-    sides = [completions(ask(policy, [encode_prompt(tokenizer, prompt) for prompt in prompts], key=jax.random.key(1000*config.seed + side),
-        max_new_tokens=config.new_tokens, temperature=config.temperature, stop=(tokenizer.eos_token_id,)), tokenizer) for side in (1, 2)]
-    write_rows(file, label_pairs(prompts, *sides, gold, config.seed))
+    said = completions(ask(policy, [encode_prompt(tokenizer, prompt) for prompt in prompts], key=jax.random.key(config.seed), n=2, batch_size=128,
+        max_new_tokens=config.new_tokens, temperature=config.temperature, stop=(tokenizer.eos_token_id,)), tokenizer)
+    write_rows(file, label_pairs(prompts, said[::2], said[1::2], gold, config.seed))
 
 # %% ../nbs/44_quickstart.ipynb #d6cd9e58
 def quickstart(config: QuickstartConfig) -> list[dict]: # The rows of `table.json`
@@ -298,8 +297,10 @@ def quickstart(config: QuickstartConfig) -> list[dict]: # The rows of `table.jso
             max_new_tokens=config.new_tokens, temperature=config.temperature)))
         stages.do('dpo', lambda: train_dpo(part('dpo', 'pairs', models['sft'])))
         asked = film_prompts(shares[config.split], config.prompts, seed=config.seed)
-        with Meter() as last: table, answers = compare(models, stages.took, asked, gold, judge_of(folder/'reward'), key=jax.random.key(config.seed),
-            candidates=config.candidates, max_new_tokens=config.new_tokens, temperature=config.temperature, compute=config.sft.precision)
+        with Meter() as last:
+            roles, tokenizer = load_roles(models, config.sft.precision)
+            table, answers = compare(roles, tokenizer, stages.took, asked, gold, judge_of(folder/'reward', roles['sft']),
+                key=jax.random.key(config.seed), candidates=config.candidates, max_new_tokens=config.new_tokens, temperature=config.temperature)
         most = max(last.peak_mb, *(took['peak_mb'] for took in stages.took.values()))
         cost = f'{(time.monotonic() - began)/60:.1f} minutes ({last.seconds/60:.1f} of them for this comparison) and at most {most/1000:.1f} GB in all'
         print(tell(config, folder, table, answers, asked, accuracy, cost))

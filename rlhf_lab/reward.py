@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['POOLS', 'last_token', 'mean_token', 'score', 'bradley_terry', 'reward_loss', 'fit_probe', 'normalise', 'calibration',
            'RewardConfig', 'reward_margins', 'reward_facts', 'train_reward', 'report_margins', 'save_judge',
-           'load_judge']
+           'load_judge', 'model_reward']
 
 # %% ../nbs/32_reward.ipynb #bd3f4318
 import dataclasses, json, jax, jax.numpy as jnp, numpy as np
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Literal
 from .core import Array, Batch, CheckpointError, DataError, Float, Pairs, both, masked_mean
 from .data import Batches, tokenize_rows
-from .lora import add_head, add_lora, load_adapter, share
+from .lora import add_head, on_trunk, share
 from .model import Transformer
 from .runs import Run
 from .sft import prepare_rows
@@ -187,7 +187,7 @@ def save_judge(judge: Transformer, tokenizer, folder: Path, card: dict):
 
 def load_judge(
     folder, # A run of `train_reward`
-    trunk: Transformer = None, # The model it was trained on, where it is at hand: then only the adapter is read
+    trunk: Transformer = None, # A model it may share arrays and lower layers with (`on_trunk`)
     precision: str = 'bfloat16',
 ): # The judge, and its pooling
     "Load a reward model. Raises CheckpointError where the folder holds none."
@@ -196,9 +196,17 @@ def load_judge(
     folder = Path(folder)
     try: card, head = json.loads((folder/'reward.json').read_text()), load_file(folder/'reward_head.safetensors')
     except (OSError, ValueError) as error: raise CheckpointError(f'{folder} holds no reward model ({error}): train one with `rlhf-lab reward`') from None
-    if trunk is not None and card['rank']:
-        judge = add_head(add_lora(trunk, key=jax.random.key(0), rank=card['rank'], alpha=card['alpha'], top=card['top_layers'] or None), key=jax.random.key(0))
-        return load_adapter(judge, folder/'adapter.safetensors'), POOLS[card['pool']]
-    judge = add_head(load_model(folder/'model', precision)[0], key=jax.random.key(0))
+    model = load_model(folder/'model', precision)[0]
+    judge = add_head(model if trunk is None else on_trunk(model, trunk), key=jax.random.key(0))
     judge.head.weight[...], judge.head.bias[...] = head['weight'], head['bias']
     return judge, POOLS[card['pool']]
+
+def model_reward(judge: Transformer, pool, batch_size: int = 64): # rollout → scores [B]
+    "A reward model as the reward. With a `split`, it goes on from the rollout's states below it."
+    graph, state = nnx.split(judge)
+    ask = jax.jit(lambda state, batch: score(nnx.merge(graph, state), batch, pool))
+    def judged(rollout):
+        batch = Batch(rollout.tokens, rollout.mask, below=rollout.below if judge.split else None)
+        parts = [jax.tree.map(lambda x: x[i:i + batch_size], batch) for i in range(0, len(rollout.tokens), batch_size)]
+        return np.concatenate([np.asarray(ask(state, part)) for part in parts])
+    return judged
