@@ -41,6 +41,7 @@ class Batch(struct.PyTreeNode):
     mask: Bool[Array, 'B T'] # True on completion tokens, the EOS that ends them included
     segments: Int[Array, 'B T'] = None # Packed rows: 1, 2, 3… per example, 0 is padding; None: one example a row
     below: Float[Array, 'B T D'] = None # Hidden states under the adapters, where they were computed before
+    shared: int = struct.field(pytree_node=False, default=0) # So many tokens begin all rows alike: a model reads them once
 
 # %% ../nbs/00_core.ipynb #18f6a443
 class Pairs(struct.PyTreeNode):

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['WIDTHS', 'look_for_hub', 'as_table', 'first_line', 'load_rows', 'clean_text', 'clean_row', 'clean_rows', 'split_rows',
-           'prompt_texts', 'report', 'check_source', 'Example', 'tokenize_rows', 'show_rows', 'collate', 'pack_rows',
-           'Batches', 'of_rows']
+           'prompt_texts', 'report', 'check_source', 'Example', 'tokenize_rows', 'show_rows', 'collate', 'common_start',
+           'pack_rows', 'Batches', 'of_rows']
 
 # %% ../nbs/11_data.ipynb #4f99a399
 import hashlib, json, re, unicodedata, zlib
@@ -221,6 +221,7 @@ def collate(
     width: int,
     pad_id: int = 0, # Any id: masks tell what counts
     pack: bool = False, # Number the examples of a row in `segments`
+    shared: int = 0, # So many tokens begin all examples alike
 ) -> Batch:
     "Stack examples into one rectangle, padded on the right."
     empty = np.zeros((len(rows), width), np.int32)
@@ -230,7 +231,14 @@ def collate(
         for s, (ids, trained) in enumerate(row, 1):
             here = slice(at, at := at + len(ids))
             tokens[r, here], mask[r, here], segments[r, here] = ids, trained, s
-    return Batch(tokens=tokens, mask=mask, segments=segments if pack else None)
+    return Batch(tokens=tokens, mask=mask, segments=segments if pack else None, shared=shared)
+
+def common_start(rows: list) -> int: # 0 where it would not be worth the while
+    "How many tokens all rows begin with, their last one apart."
+    most = min(map(len, rows)) - 1
+    same = (np.stack([row[:most] for row in rows]) == np.asarray(rows[0][:most])).all(0)
+    found = int(np.argmin(np.append(same, False)))
+    return found if found >= 8 else 0
 
 def pack_rows(
     order: np.ndarray, # [N] the examples, shuffled
@@ -272,6 +280,7 @@ class Batches:
         if pack and any(e[1][0] for e in examples):
             raise DataError('an example without a prompt cannot be packed: its first token follows nothing')
         self.examples, self.lengths, self.widths = examples, lengths, np.sort(widths)
+        self.shared = 0 if pack else common_start([side[0] for e in examples for side in (e if self.pairs else (e,))])
         self.batch_size, self.seed, self.epochs, self.drop_last, self.pack = batch_size, seed, epochs, drop_last, pack
         self.extras = {name: np.asarray(v) if hasattr(v, 'ndim') else v for name, v in (extras or {}).items()}
         if odd := next((name for name, v in self.extras.items() if len(v) != len(examples)), None):
@@ -304,7 +313,7 @@ class Batches:
         rows: list[list[int]], # As `plan` says
     ) -> Batch|Pairs:
         "The arrays of one batch."
-        stack = lambda pick: collate([[pick(self.examples[i]) for i in r] for r in rows], width, self.pad_id, self.pack)
+        stack = lambda pick: collate([[pick(self.examples[i]) for i in r] for r in rows], width, self.pad_id, self.pack, self.shared)
         if not self.pairs: made = stack(lambda e: e)
         else:
             real = None if self.drop_last else np.array([len(row) for row in rows], np.float32)

@@ -15,7 +15,7 @@ from pathlib import Path
 import jax, numpy as np
 from flax import nnx
 from .core import Array, Batch, Rollout, UsageError
-from .data import Example, collate, load_rows, tokenize_rows
+from .data import Example, collate, common_start, load_rows, tokenize_rows
 from .generate import completions, generate
 from .lora import on_trunk
 from .model import Transformer, score_tokens
@@ -116,12 +116,12 @@ def ask(
     batch_size: int = 64, # Completions at once
 ) -> Rollout: # Rows [N·n], the completions of a prompt beside each other
     "Sample completions of each prompt."
-    parts, width = [], -(-max(map(len, prompts))//16)*16
+    parts, width, shared = [], -(-max(map(len, prompts))//16)*16, common_start(prompts)
     for start, real, some in _in_batches(prompts, max(1, batch_size//n)):
         rollout = generate(model, some, key=key, max_new_tokens=max_new_tokens, temperature=temperature, stop=stop, width=width,
-            n=n, rows=np.arange(start*n, (start + len(some))*n))
+            shared=shared, n=n, rows=np.arange(start*n, (start + len(some))*n))
         if reference is not None:
-            both = Batch(rollout.tokens, rollout.mask, below=rollout.below if reference.split == model.split else None)
+            both = Batch(rollout.tokens, rollout.mask, below=rollout.below if reference.split == model.split else None, shared=shared)
             own, other = (_logprobs(m, both, temperature) for m in (model, reference))
             rollout = rollout.replace(logprobs=own, ref_logprobs=other)
         parts.append(jax.tree.map(lambda x: np.asarray(x[:real*n]), rollout))
@@ -151,10 +151,10 @@ def surprise(
 ) -> list: # For each model the summed log-probabilities [N] in nats, and the token counts [N]
     "What `perplexity` needs to know about texts that somebody else wrote."
     width, sums = -(-max(len(example.tokens) for example in examples)//16)*16, [[] for _ in models]
-    shared = len({model.split for model in models}) == 1 and models[0].split
+    alike, shared = len({model.split for model in models}) == 1 and models[0].split, common_start([example.tokens for example in examples])
     for _, real, some in _in_batches(examples, batch_size):
-        batch = collate([[example] for example in some], width)
-        if shared: batch = _below(models[0], batch)
+        batch = collate([[example] for example in some], width, shared=shared)
+        if alike: batch = _below(models[0], batch)
         for model, found in zip(models, sums): found.append(np.asarray(_logprobs(model, batch, 1.).sum(1))[:real])
     return [(np.concatenate(found), np.array([example.mask.sum() for example in examples])) for found in sums]
 

@@ -9,7 +9,7 @@ __all__ = ['truncate', 'pick', 'draws', 'prefill', 'decode', 'generate', 'check_
 import functools, jax, jax.numpy as jnp, numpy as np
 from flax import nnx
 from .core import Array, Bool, Float, Int, LabError, Rollout
-from .model import Transformer, causal_mask, row_positions
+from .model import Transformer, causal_mask, cut, join, read, row_positions
 
 # %% ../nbs/23_generate.ipynb #21d17a3c
 def truncate(
@@ -54,15 +54,16 @@ def prefill(
     tokens: Int[Array, 'B P'], # Prompts, padded on the right
     lengths: Int[Array, 'B'],
     size: int, # Slots in the cache
+    shared: int = 0, # So many tokens begin all prompts alike: they are read once
 ): # Logits [B V] after each prompt, the cache: (keys, values) of every layer, and the stream [B P D] that enters layer `split`
     "Read the prompts."
-    places = row_positions(tokens)
-    x, mask, angles, cache = model.start(tokens, places), causal_mask(tokens), model.angles(places), []
+    places, cache = row_positions(tokens), []
+    parts, angles, masks = cut(model.start(tokens, places), model.angles(places), causal_mask(tokens), shared)
     for number, layer in enumerate(model.layers):
-        if number == model.split: below = x
-        x, memory = layer(x, angles, mask)
+        if number == model.split: below = join(parts)
+        parts, memory = read(layer, parts, angles, masks)
         cache.append(tuple(jnp.pad(m, ((0, 0), (0, 0), (0, size - m.shape[2]), (0, 0))) for m in memory))
-    last = jnp.take_along_axis(x, (lengths - 1)[:, None, None], 1)[:, 0]
+    last = jnp.take_along_axis(join(parts), (lengths - 1)[:, None, None], 1)[:, 0]
     return model.logits(model.norm(last)), cache, below
 
 def decode(
@@ -79,16 +80,17 @@ def decode(
     x, angles, memory = model.start(token[:, None], places), model.angles(places), []
     for number, (layer, past) in enumerate(zip(model.layers, cache)):
         if number == model.split: below = x[:, 0]
-        x, kept = layer(x, angles, mask, (*past, start + t))
+        into = lambda *new: tuple(jax.lax.dynamic_update_slice_in_dim(old, x, start + t, 2) for old, x in zip(past, new))
+        x, kept = layer(x, angles, mask, into)
         memory.append(kept)
     return model.logits(model.norm(x[:, 0])), memory, below
 
 # %% ../nbs/23_generate.ipynb #152685d7
-@functools.partial(jax.jit, static_argnames=('graph', 'n', 'new', 'top_k', 'top_p', 'min_p', 'greedy', 'stop'))
-def _generate(graph, state, tokens, lengths, rows, key, temperature, n, new, top_k, top_p, min_p, greedy, stop):
+@functools.partial(jax.jit, static_argnames=('graph', 'shared', 'n', 'new', 'top_k', 'top_p', 'min_p', 'greedy', 'stop'))
+def _generate(graph, state, tokens, lengths, rows, key, temperature, shared, n, new, top_k, top_p, min_p, greedy, stop):
     model, P = nnx.merge(graph, state), tokens.shape[1]
-    read = (tokens, lengths, *prefill(model, tokens, lengths, P + new))
-    tokens, lengths, logits, cache, below = jax.tree.map(lambda x: jnp.repeat(x, n, axis=0), read)
+    seen = (tokens, lengths, *prefill(model, tokens, lengths, P + new, shared))
+    tokens, lengths, logits, cache, below = jax.tree.map(lambda x: jnp.repeat(x, n, axis=0), seen)
     stops, every = jnp.array(stop or (-1,)), jnp.arange(len(tokens))
     room = lambda x: jnp.pad(x, ((0, 0), (0, new), *((0, 0),)*(x.ndim - 2)))
     tokens, below = room(tokens), room(below.astype(model.dtype)) if model.split else None
@@ -111,7 +113,7 @@ def _generate(graph, state, tokens, lengths, rows, key, temperature, n, new, top
 
     start = (0, *choose(logits, lengths), every < 0, cache, tokens, tokens < -1, jnp.zeros(tokens.shape, logits.dtype), below)
     out = jax.lax.while_loop(lambda carry: (carry[0] < new) & ~carry[3].all(), step, start)
-    return Rollout(tokens=out[5], mask=out[6], logprobs=out[7], below=out[8])
+    return Rollout(tokens=out[5], mask=out[6], logprobs=out[7], below=out[8], shared=shared)
 
 # %% ../nbs/23_generate.ipynb #a545877d
 def generate(
@@ -128,6 +130,7 @@ def generate(
     stop: tuple = (), # Token ids that end a completion; they belong to it
     rows: list = None, # Names of the rows for the random numbers; None: 0, 1, 2…
     width: int = 16, # Prompts are padded to a multiple of this
+    shared: int = 0, # So many tokens begin all prompts alike (`common_start`): they are read once
 ) -> Rollout: # tokens [B T], mask [B T], logprobs [B T] in nats under the distribution that was sampled, and `below` where there is a split
     "Complete the prompts. Raises LabError when a prompt is empty or leaves no room in the context, or a setting makes no sense."
     limit, longest = model.config.max_length, max(map(len, prompts), default=0)
@@ -139,7 +142,7 @@ def generate(
     padded = np.zeros((len(prompts), min(-(-longest//width)*width, limit - max_new_tokens)), np.int32)
     for row, prompt in zip(padded, prompts): row[:len(prompt)] = prompt
     rows = jnp.arange(n*len(prompts)) if rows is None else jnp.asarray(rows)
-    return _generate(*nnx.split(model), padded, np.array(list(map(len, prompts))), rows, key, temperature or 1., n, max_new_tokens,
+    return _generate(*nnx.split(model), padded, np.array(list(map(len, prompts))), rows, key, temperature or 1., shared, n, max_new_tokens,
         top_k, top_p, min_p, not temperature, tuple(stop))
 
 def check_sampling(max_new_tokens: int, temperature: float, top_k: int, top_p: float, min_p: float):

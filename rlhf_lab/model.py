@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['ModelConfig', 'dot', 'Linear', 'Norm', 'rope_frequencies', 'rope', 'row_positions', 'causal_mask', 'attention',
-           'swiglu', 'Block', 'Transformer', 'run_layers', 'word_logprobs', 'score_tokens']
+           'swiglu', 'Block', 'Transformer', 'cut', 'read', 'behind', 'join', 'run_layers', 'word_logprobs',
+           'score_tokens']
 
 # %% ../nbs/20_model.ipynb #6bca2b1c
 import dataclasses, functools, jax, jax.numpy as jnp
@@ -173,8 +174,8 @@ class Block(nnx.Module):
         x: Float[Array, 'B T D'],
         angles: Float[Array, 'B T H/2'], # None: positions were added to the embedding
         mask: Bool[Array, 'B 1 T S'],
-        past = None, # (keys, values [B K S H], slot): where earlier tokens are kept, and where these go
-    ): # The stream, and the (keys, values) attended to
+        past = None, # (keys, values [B K T H]) → those with what was read before; None: nothing was
+    ): # The stream, and the (keys, values [B K S H]) attended to
         attended, memory = self.attend(self.norm1(x), angles, mask, past)
         x = x + attended
         return x + self.think(self.norm2(x)), memory
@@ -186,7 +187,7 @@ class Block(nnx.Module):
         if c.qk_norm: q, k = self.q_norm(q), self.k_norm(k)
         if angles is not None: q, k = rope(q, angles), rope(k, angles)
         k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
-        if past is not None: k, v = (jax.lax.dynamic_update_slice_in_dim(old, new, past[2], 2) for old, new in zip(past, (k, v)))
+        if past is not None: k, v = past(k, v)
         return self.out(attention(q, k, v, mask, self.qkv.dtype)), (k, v)
 
     def think(self, x):
@@ -230,7 +231,7 @@ class Transformer(nnx.Module):
 
     def run(self, which: slice, x, batch):
         angles = self.angles(row_positions(batch.tokens, batch.segments))
-        return run_layers(list(self.layers)[which], x, angles, causal_mask(batch.tokens, batch.segments), self.remat, self.scan)
+        return run_layers(list(self.layers)[which], x, angles, causal_mask(batch.tokens, batch.segments), batch.shared, self.remat, self.scan)
 
     def logits(self, hidden):
         "Guesses for the next token, float32."
@@ -240,24 +241,56 @@ class Transformer(nnx.Module):
     @property
     def stream(self): return jnp.promote_types(self.dtype, jnp.float32)
 
+# %% ../nbs/20_model.ipynb #4ac0a7a3
+def cut(
+    x: Float[Array, 'B T D'],
+    angles: Float[Array, 'B T H/2'],
+    mask: Bool[Array, 'B 1 T T'],
+    shared: int, # The first so many positions are the same in all rows
+) -> tuple: # Streams, angles and masks: one of each for the common beginning, where there is one, and one for the rest
+    "What is read once, and what is read in each row."
+    if not shared: return (x,), (angles,), (mask,)
+    turns = (None, None) if angles is None else (angles[:1, :shared], angles[:, shared:])
+    return (x[:1, :shared], x[:, shared:]), turns, (mask[:1, :, :shared, :shared], mask[:, :, shared:])
+
+def read(layer: Block, parts: tuple, angles: tuple, masks: tuple) -> tuple: # The streams, and the (keys, values) of whole rows
+    "One layer for all parts, each looking back at the ones before."
+    done, past = [], None
+    for part, turn, mask in zip(parts, angles, masks):
+        part, memory = layer(part, turn, mask, past)
+        past = functools.partial(behind, memory)
+        done.append(part)
+    return tuple(done), memory
+
+def behind(memory: tuple, *new) -> tuple:
+    "Keys and values after those of the common beginning."
+    return tuple(jnp.concatenate([jnp.broadcast_to(old, (len(x), *old.shape[1:])), x], axis=2) for old, x in zip(memory, new))
+
+def join(parts: tuple) -> Float[Array, 'B T D']:
+    "The stream in one piece again."
+    *first, rest = parts
+    return jnp.concatenate([jnp.broadcast_to(part, (len(rest), *part.shape[1:])) for part in first] + [rest], axis=1) if first else rest
+
 # %% ../nbs/20_model.ipynb #967e0826
 def run_layers(
     layers: list, # Of `Block`s
     x: Float[Array, 'B T D'],
     angles: Float[Array, 'B T H/2'],
     mask: Bool[Array, 'B 1 T T'],
+    shared: int = 0, # Positions that are the same in all rows
     remat: bool = False, # Trade time for memory
     scan: bool = False, # One compiled layer in a loop, instead of all of them in a row
 ) -> Float[Array, 'B T D']:
     "The stream after `layers`."
-    step = lambda layer, x: layer(x, angles, mask)[0]
+    parts, angles, masks = cut(x, angles, mask, shared)
+    step = lambda layer, parts: read(layer, parts, angles, masks)[0]
     if remat: step = nnx.remat(step)
     if not (scan and layers):
-        for layer in layers: x = step(layer, x)
-        return x
+        for layer in layers: parts = step(layer, parts)
+        return join(parts)
     graph, _ = nnx.split(layers[0])
     stacked = jax.tree.map(lambda *arrays: jnp.stack(arrays), *[nnx.state(layer) for layer in layers])
-    return jax.lax.scan(lambda x, state: (step(nnx.merge(graph, state), x), None), x, stacked)[0]
+    return join(jax.lax.scan(lambda parts, state: (step(nnx.merge(graph, state), parts), None), parts, stacked)[0])
 
 # %% ../nbs/20_model.ipynb #3c3ed679
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))

@@ -12,7 +12,7 @@ import dataclasses, functools, jax, jax.numpy as jnp, numpy as np
 from flax import nnx
 from pathlib import Path
 from .core import Array, Batch, Bool, DataError, Float, LabError, Rollout, State, UsageError, masked_mean, masked_var, whiten
-from .data import load_rows, prompt_texts, require_good
+from .data import common_start, load_rows, prompt_texts, require_good
 from .generate import completions, generate
 from .lora import add_head, add_lora, drop_lora, merge_lora
 from .model import Transformer, score_tokens
@@ -180,7 +180,7 @@ def appraise(
 ) -> Rollout: # With log-probabilities, values and the states below the adapters
     "What policy, critic and reference think of a batch."
     below = batch.below if batch.below is not None or not model.policy.split else model.policy.below(batch)
-    batch = Rollout(batch.tokens, batch.mask, below=below)
+    batch = Rollout(batch.tokens, batch.mask, below=below, shared=batch.shared)
     hidden = model.policy.hidden(batch)
     logprobs, ref_logprobs = score_tokens(model.policy, batch, temperature, hidden)[0], score_tokens(reference, batch, temperature)[0]
     return batch.replace(logprobs=logprobs, ref_logprobs=ref_logprobs, values=jnp.where(batch.mask, model.values(batch, hidden), 0))
@@ -229,15 +229,15 @@ def practise(
     step = make_step(loss, optimizer, config.accumulate, veto)
     look = jax.jit(lambda state, reference, batch: appraise(state.model, nnx.merge(*reference), batch, config.temperature), static_argnums=())
     reference = nnx.split(reference)
-    finish = jax.jit(functools.partial(add_advantages, config=config))
+    finish, shared = jax.jit(functools.partial(add_advantages, config=config)), common_start(prompts)
     while True:
         number = int(state.step)
         key = jax.random.fold_in(state.key, number)
         rng = np.random.default_rng([config.seed, number])
         chosen = [prompts[i] for i in rng.permutation(len(prompts))[:config.batch_size]]
         sampled = write(merge_lora(state.model.policy), chosen, key=key, max_new_tokens=config.max_new_tokens, temperature=config.temperature,
-            stop=stop if config.stop_at_eos else ())
-        rollout = look(state, reference, Batch(sampled.tokens, sampled.mask, below=sampled.below))
+            stop=stop if config.stop_at_eos else (), shared=shared)
+        rollout = look(state, reference, Batch(sampled.tokens, sampled.mask, below=sampled.below, shared=sampled.shared))
         if number == 0: check_start(rollout, config.precision)
         scores, done = jnp.asarray(reward(rollout), jnp.float32), ended(rollout, stop)
         scores = scores - config.missing_eos_penalty*~done

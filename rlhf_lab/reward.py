@@ -206,7 +206,7 @@ def model_reward(judge: Transformer, pool, batch_size: int = 64): # rollout → 
     graph, state = nnx.split(judge)
     ask = jax.jit(lambda state, batch: score(nnx.merge(graph, state), batch, pool))
     def judged(rollout):
-        batch = Batch(rollout.tokens, rollout.mask, below=rollout.below if judge.split else None)
+        batch = Batch(rollout.tokens, rollout.mask, below=rollout.below if judge.split else None, shared=rollout.shared)
         parts = [jax.tree.map(lambda x: x[i:i + batch_size], batch) for i in range(0, len(rollout.tokens), batch_size)]
         return np.concatenate([np.asarray(ask(state, part)) for part in parts])
     return judged
