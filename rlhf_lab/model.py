@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['ModelConfig', 'dot', 'Linear', 'Norm', 'rope_frequencies', 'rope', 'row_positions', 'causal_mask', 'attention',
-           'swiglu', 'Block', 'Transformer', 'cut', 'read', 'behind', 'join', 'run_layers', 'word_logprobs',
+           'rows_meet', 'swiglu', 'Block', 'Transformer', 'cut', 'read', 'join', 'run_layers', 'word_logprobs',
            'score_tokens']
 
 # %% ../nbs/20_model.ipynb #6bca2b1c
-import dataclasses, functools, jax, jax.numpy as jnp
+import dataclasses, functools, jax, jax.numpy as jnp, numpy as np
 from flax import nnx
 from .core import Array, Batch, Bool, Float, Int
 
@@ -125,20 +125,29 @@ def causal_mask(tokens: Int[Array, 'B T'], segments: Int[Array, 'B T'] = None) -
 # %% ../nbs/20_model.ipynb #b258846d
 def attention(
     q: Float[Array, 'B T N H'],
-    k: Float[Array, 'B K S H'], # N is a multiple of K
-    v: Float[Array, 'B K S H'],
-    mask: Bool[Array, 'B 1 T S'],
+    memory: list, # Of (keys, values), each [B K S H]; N is a multiple of K; one with fewer rows serves several neighbouring rows
+    mask: Bool[Array, 'B 1 T S'], # Over all of the memory
     dtype: str = 'float32', # Of the fused kernel
 ) -> Float[Array, 'B T N*H']:
     "Softmax attention, several query heads to a key head."
-    (B, T, N, H), K = q.shape, k.shape[1]
+    (B, T, N, H), K = q.shape, memory[0][0].shape[1]
     if jax.default_backend() != 'cpu':
-        turn = lambda x: x.astype(dtype).swapaxes(1, 2)
-        return jax.nn.dot_product_attention(q.astype(dtype), turn(k), turn(v), mask=mask).astype(q.dtype).reshape(B, T, N*H)
+        k, v = (jnp.concatenate([jnp.repeat(x, B//len(x), axis=0) for x in parts], axis=2).astype(dtype).swapaxes(1, 2) for parts in zip(*memory))
+        return jax.nn.dot_product_attention(q.astype(dtype), k, v, mask=mask).astype(q.dtype).reshape(B, T, N*H)
     stacked = q.reshape(B, T, K, N//K, H).transpose(0, 2, 3, 1, 4).reshape(B, K, -1, H)
-    scores = jnp.einsum('bkqh,bksh->bkqs', stacked, k).reshape(B, K, N//K, T, -1)*H**-.5
+    scores = jnp.concatenate([rows_meet('bkqh,bksh->bkqs', stacked, k) for k, _ in memory], axis=-1).reshape(B, K, N//K, T, -1)*H**-.5
     weights = jax.nn.softmax(jnp.where(mask[:, :, None], scores, -1e30)).reshape(B, K, N//K*T, -1)
-    return jnp.einsum('bkqs,bksh->bkqh', weights, v).reshape(B, K, N//K, T, H).transpose(0, 3, 1, 2, 4).reshape(B, T, N*H)
+    shares = jnp.split(weights, np.cumsum([k.shape[2] for k, _ in memory])[:-1], axis=-1)
+    found = sum(rows_meet('bkqs,bksh->bkqh', share, v) for share, (_, v) in zip(shares, memory))
+    return found.reshape(B, K, N//K, T, H).transpose(0, 3, 1, 2, 4).reshape(B, T, N*H)
+
+def rows_meet(formula: str, x, y):
+    "An einsum of `x` [B K Q …] with `y` [b K …], whose rows serve B / b rows each."
+    B, b = len(x), len(y)
+    if b == B: return jnp.einsum(formula, x, y)
+    gathered = x.reshape(b, B//b, *x.shape[1:]).swapaxes(1, 2).reshape(b, x.shape[1], -1, x.shape[-1])
+    found = jnp.einsum(formula, gathered, y)
+    return found.reshape(b, x.shape[1], B//b, x.shape[2], -1).swapaxes(1, 2).reshape(B, *x.shape[1:3], -1)
 
 # %% ../nbs/20_model.ipynb #75670ca3
 @jax.custom_vjp
@@ -174,8 +183,8 @@ class Block(nnx.Module):
         x: Float[Array, 'B T D'],
         angles: Float[Array, 'B T H/2'], # None: positions were added to the embedding
         mask: Bool[Array, 'B 1 T S'],
-        past = None, # (keys, values [B K T H]) → those with what was read before; None: nothing was
-    ): # The stream, and the (keys, values [B K S H]) attended to
+        past: list = (), # (keys, values) of what was read before
+    ): # The stream, and the (keys, values [B K T H]) of these tokens
         attended, memory = self.attend(self.norm1(x), angles, mask, past)
         x = x + attended
         return x + self.think(self.norm2(x)), memory
@@ -187,8 +196,7 @@ class Block(nnx.Module):
         if c.qk_norm: q, k = self.q_norm(q), self.k_norm(k)
         if angles is not None: q, k = rope(q, angles), rope(k, angles)
         k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
-        if past is not None: k, v = past(k, v)
-        return self.out(attention(q, k, v, mask, self.qkv.dtype)), (k, v)
+        return self.out(attention(q, [*past, (k, v)], mask, self.qkv.dtype)), (k, v)
 
     def think(self, x):
         if self.config.gpt2: return self.down(jax.nn.gelu(self.up(x), approximate=True))
@@ -241,7 +249,7 @@ class Transformer(nnx.Module):
     @property
     def stream(self): return jnp.promote_types(self.dtype, jnp.float32)
 
-# %% ../nbs/20_model.ipynb #4ac0a7a3
+# %% ../nbs/20_model.ipynb #999c5b29
 def cut(
     x: Float[Array, 'B T D'],
     angles: Float[Array, 'B T H/2'],
@@ -253,18 +261,14 @@ def cut(
     turns = (None, None) if angles is None else (angles[:1, :shared], angles[:, shared:])
     return (x[:1, :shared], x[:, shared:]), turns, (mask[:1, :, :shared, :shared], mask[:, :, shared:])
 
-def read(layer: Block, parts: tuple, angles: tuple, masks: tuple) -> tuple: # The streams, and the (keys, values) of whole rows
+def read(layer: Block, parts: tuple, angles: tuple, masks: tuple) -> tuple: # The streams, and the (keys, values) of each part
     "One layer for all parts, each looking back at the ones before."
-    done, past = [], None
+    done, memory = [], []
     for part, turn, mask in zip(parts, angles, masks):
-        part, memory = layer(part, turn, mask, past)
-        past = functools.partial(behind, memory)
+        part, new = layer(part, turn, mask, memory)
+        memory.append(new)
         done.append(part)
     return tuple(done), memory
-
-def behind(memory: tuple, *new) -> tuple:
-    "Keys and values after those of the common beginning."
-    return tuple(jnp.concatenate([jnp.broadcast_to(old, (len(x), *old.shape[1:])), x], axis=2) for old, x in zip(memory, new))
 
 def join(parts: tuple) -> Float[Array, 'B T D']:
     "The stream in one piece again."

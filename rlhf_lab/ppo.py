@@ -230,13 +230,14 @@ def practise(
     look = jax.jit(lambda state, reference, batch: appraise(state.model, nnx.merge(*reference), batch, config.temperature), static_argnums=())
     reference = nnx.split(reference)
     finish, shared = jax.jit(functools.partial(add_advantages, config=config)), common_start(prompts)
+    width = -(-max(map(len, prompts))//16)*16 # the same for every rollout: one compilation
     while True:
         number = int(state.step)
         key = jax.random.fold_in(state.key, number)
         rng = np.random.default_rng([config.seed, number])
         chosen = [prompts[i] for i in rng.permutation(len(prompts))[:config.batch_size]]
         sampled = write(merge_lora(state.model.policy), chosen, key=key, max_new_tokens=config.max_new_tokens, temperature=config.temperature,
-            stop=stop if config.stop_at_eos else (), shared=shared)
+            stop=stop if config.stop_at_eos else (), width=width, shared=shared)
         rollout = look(state, reference, Batch(sampled.tokens, sampled.mask, below=sampled.below, shared=sampled.shared))
         if number == 0: check_start(rollout, config.precision)
         scores, done = jnp.asarray(reward(rollout), jnp.float32), ended(rollout, stop)

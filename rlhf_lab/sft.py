@@ -12,7 +12,7 @@ from pathlib import Path
 from .core import Batch, DataError
 from .data import Batches, clean_rows, load_rows, report, require_good, split_rows, tokenize_rows
 from .model import score_tokens
-from .runs import Run
+from .runs import Run, write_file
 from .tokens import check_mask
 from .train import TrainConfig, adamw, init_state, load_role, make_step, save_role, train
 
@@ -41,7 +41,7 @@ def prepare_rows(
     if not config.data: raise DataError('no data set is given: add --data with a hub id, a file or a folder')
     rows = load_rows(config.data)
     require_good(rows, config.data)
-    (run.path/'data.md').write_text(report(rows, tokenizer), encoding='utf-8')
+    write_file(run.path/'data.md', report(rows, tokenizer))
     kept, counts = clean_rows(rows, tokenizer, config.max_length)
     dropped = ', '.join(f'{n} {why}' for why, n in counts.items() if n)
     if not kept: raise DataError(f'{config.data}: no row is left after cleaning ({dropped or "it is empty"})')
