@@ -132,10 +132,11 @@ def load_roles(
     precision: str = 'float32', # Of products
 ) -> tuple: # Name → model, and the tokenizer of the last
     "Load models that belong together. What is equal is held once, and `split` is where the first of them leaves the common trunk."
-    models = {}
+    models, trunk = {}, None
     for name, folder in folders.items():
         model, tokenizer = load_model(folder, precision)
-        models[name] = on_trunk(model, next(iter(models.values()), model))
+        trunk = trunk or model
+        models[name] = on_trunk(model, trunk)
     split = min(model.split for model in models.values())
     for model in models.values(): model.split = split
     return models, tokenizer
