@@ -59,7 +59,7 @@ def test_a_name_that_the_hub_does_not_know_or_cannot_be_asked_about(fails, monke
     fails(3, 'nobody/nothing: cannot be loaded', 'data', 'check', 'nobody/nothing')
 
 def test_a_reward_that_is_none(fails, tmp_path):
-    fails(1, 'add --reward', 'ppo', '--model', 'toy', '--data', 'pairs.jsonl', '--out', tmp_path/'a', *SMALL)
+    fails(2, 'add --reward', 'ppo', '--model', 'toy', '--data', 'pairs.jsonl', '--out', tmp_path/'a', *SMALL)
     fails(4, 'nowhere holds no reward model', 'ppo', '--model', 'toy', '--data', 'pairs.jsonl', '--reward', 'nowhere', '--out', tmp_path/'b', *SMALL)
     fails(2, 'add --models', 'eval')
 
