@@ -74,7 +74,7 @@ def dpo_facts(config: DPOConfig, policy, pairs) -> dict:
     @jax.jit
     def facts(state, batch):
         reference, sides = nnx.merge(graph, state), both(batch)
-        below = reference.below(sides).astype(jnp.bfloat16 if config.precision == 'bfloat16' else jnp.float32)
+        below = reference.below(sides).astype(reference.dtype)
         chosen, rejected = jnp.split(score_tokens(reference, sides.replace(below=below))[0].sum(1), 2)
         halves = jnp.split(below, 2)
         return {'ref_chosen': chosen, 'ref_rejected': rejected} | ({'chosen.below': halves[0], 'rejected.below': halves[1]} if keep else {})

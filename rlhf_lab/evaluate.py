@@ -12,13 +12,14 @@ __all__ = ['COLUMNS', 'COLORS', 'win_rate', 'sequence_kl', 'perplexity', 'ngrams
 import json, os, re, resource, sys, time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 import jax, numpy as np
 from flax import nnx
 from .core import Array, Batch, Rollout, UsageError
 from .data import Example, collate, common_start, load_rows, tokenize_rows
 from .generate import completions, generate
 from .lora import on_trunk
-from .model import Transformer, score_tokens
+from .model import Transformer, fast_precision, score_tokens
 from .reward import load_judge, model_reward
 from .rows import answers, normalise_rows, require_good
 from .runs import Run, disk_errors, write_file
@@ -322,9 +323,12 @@ class EvalConfig:
     max_new_tokens: int = 64
     temperature: float = 1.
     batch_size: int = 64
-    precision: str = 'bfloat16' # Of products
+    precision: Literal['auto', 'bfloat16', 'float32'] = 'auto' # Of products
     seed: int = 0
     resume: bool = False # Overwrite the report in `out`
+
+    def __post_init__(self):
+        if self.precision == 'auto': self.precision = fast_precision()
 
 def evaluate(config: EvalConfig) -> list[dict]: # The rows of `table.json`
     "Ask all models, judge, and write the report. Raises UsageError when something to compare is missing."

@@ -132,7 +132,7 @@ def reward_facts(config: RewardConfig, judge, pairs) -> tuple: # `extras` for th
         model, sides = nnx.merge(graph, state), both(batch)
         below = model.below(sides)
         pooled = jnp.split(pool(model.hidden(sides.replace(below=below)), sides), 2)
-        halves = jnp.split(below.astype(jnp.bfloat16), 2)
+        halves = jnp.split(below.astype(model.dtype), 2)
         return {'chosen.below': halves[0], 'rejected.below': halves[1]} if keep else {}, pooled
     states = [[], []]
     def facts(batch):

@@ -14,7 +14,7 @@ from typing import Literal
 from .core import Array, LabError, State, UsageError
 from .data import Batches
 from .lora import add_lora, merge_lora, save_adapter, trainable
-from .model import Transformer
+from .model import Transformer, fast_precision
 from .runs import progress
 from .weights import DEFAULT_MODEL, load_model, save_model
 
@@ -127,7 +127,7 @@ class TrainConfig:
     rank: int = 16 # Of the adapters; 0: train the whole model
     alpha: float = 32. # Their change is scaled by alpha / rank
     top_layers: int = 8 # Adapters on this many of the last layers; 0: on all
-    precision: Literal['bfloat16', 'float32'] = 'bfloat16' # Of products; sums, losses and what is trained stay float32
+    precision: Literal['auto', 'bfloat16', 'float32'] = 'auto' # Of products (auto: the quicker one here); sums, losses and what is trained stay float32
     remat: bool = False # Compute activations twice, to save memory
     max_length: int = 512 # Tokens in a row
     holdout: float = 0.1 # Share of the prompts that is kept for evaluation
@@ -137,6 +137,7 @@ class TrainConfig:
     resume: bool = False # Go on from the newest checkpoint in `out`
 
     def __post_init__(self):
+        if self.precision == 'auto': self.precision = fast_precision()
         if min(self.batch_size, self.accumulate, self.epochs) < 1: raise UsageError('batch_size, accumulate and epochs must be at least 1')
         if self.batch_size % self.accumulate: raise UsageError(f'batch_size {self.batch_size} is not a multiple of accumulate {self.accumulate}: change one of them')
 
