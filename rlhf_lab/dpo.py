@@ -16,7 +16,7 @@ from .model import Transformer, score_tokens
 from .reward import bradley_terry
 from .runs import Run
 from .sft import prepare_rows
-from .train import TrainConfig, adamw, fit, init_state, load_role, lower_states, make_step, remember, save_role, train
+from .train import TrainConfig, adamw, fit, init_state, known_states, load_role, lower_states, make_step, remember, save_role, train
 
 # %% ../nbs/34_dpo.ipynb #bc16535d
 def log_ratios(
@@ -67,7 +67,7 @@ class DPOConfig(TrainConfig):
     flipped: float = 0. # Share of labels believed to be wrong: above 0 the loss is cDPO's
     holdout: float = 0.
 
-def dpo_facts(config: DPOConfig, policy, pairs) -> dict:
+def dpo_facts(config: DPOConfig, policy, pairs, known: dict = None) -> dict:
     "What stays the same during training, for every pair: the reference's log-probabilities, and the states below the adapters."
     graph, state = nnx.split(drop_lora(policy))
     keep = lower_states(policy, pairs, config.cache_mb)
@@ -78,7 +78,7 @@ def dpo_facts(config: DPOConfig, policy, pairs) -> dict:
         chosen, rejected = jnp.split(score_tokens(reference, sides.replace(below=below))[0].sum(1), 2)
         halves = jnp.split(below, 2)
         return {'ref_chosen': chosen, 'ref_rejected': rejected} | ({'chosen.below': halves[0], 'rejected.below': halves[1]} if keep else {})
-    return remember(functools.partial(facts, state), pairs, config.batch_size)
+    return remember(functools.partial(facts, state), pairs, config.batch_size, known)
 
 def check_margin(measured: dict, precision: str):
     "Raises LabError when the margins before the first update are not 0."
@@ -87,14 +87,17 @@ def check_margin(measured: dict, precision: str):
         'policy and reference differ in weights, precision or padding')
 
 # %% ../nbs/34_dpo.ipynb #8907190c
-def train_dpo(config: DPOConfig):
+def train_dpo(
+    config: DPOConfig,
+    states: dict = {}, # What is known about the texts: see `known_states`
+):
     "Learn from preferences directly; leaves `model/` in the run's folder."
     with Run(config.out, config, config.resume) as run:
         policy, tokenizer = load_role(config, jax.random.key(config.seed))
         rows, held = prepare_rows(config, tokenizer, run)
         pairs, tests = (tokenize_rows(part, tokenizer, config.max_length, config.eos) if part else [] for part in (rows, held))
         if not isinstance(pairs[0][0], tuple): raise DataError(f'{config.data}: DPO needs two answers to compare: chosen and rejected')
-        batches = Batches(pairs, config.batch_size, config.seed, config.epochs, extras=dpo_facts(config, policy, pairs))
+        batches = Batches(pairs, config.batch_size, config.seed, config.epochs, extras=dpo_facts(config, policy, pairs, known_states(states, pairs)))
         steps = min(config.steps or len(batches), len(batches))
         optimizer = adamw(config.learning_rate, steps, config.warmup, config.weight_decay, config.max_grad_norm)
         loss = functools.partial(dpo_loss, beta=config.beta, loss=functools.partial(cdpo, flipped=config.flipped) if config.flipped else bradley_terry)

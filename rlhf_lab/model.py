@@ -234,11 +234,11 @@ class Transformer(nnx.Module):
 
     def hidden(self, batch: Batch) -> Float[Array, 'B T D']:
         "The last layer's normalised states; starts from `batch.below` where it is known."
-        x = self.below(batch) if batch.below is None else batch.below.astype(self.stream)
-        return self.norm(self.run(slice(self.split, None), x, batch))
+        return self.norm(self.run(slice(self.split, None), self.below(batch), batch))
 
     def below(self, batch: Batch) -> Float[Array, 'B T D']:
-        "The stream that enters layer `split`."
+        "The stream that enters layer `split`: computed, unless the batch brings it."
+        if batch.below is not None: return batch.below.astype(self.stream)
         return self.run(slice(0, self.split), self.start(batch.tokens, row_positions(batch.tokens, batch.segments)), batch)
 
     def start(self, tokens, positions):

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['OPENING', 'SHARES', 'STAGE', 'Review', 'tidy', 'film_reviews', 'place', 'split_reviews', 'snippets', 'GoldScorer',
            'film_prompts', 'toy_reviews', 'save_toy', 'label_pairs', 'compare', 'QuickstartConfig', 'tiny', 'Stages',
-           'write_rows', 'sample_pairs', 'quickstart', 'tell']
+           'write_rows', 'sampled_states', 'sample_pairs', 'quickstart', 'tell']
 
 # %% ../nbs/44_quickstart.ipynb #e7b33bae
 import csv, hashlib, json, random, re, time
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 import jax, numpy as np
 from .core import DataError
-from .data import tokenize_rows
+from .data import clean_rows, tokenize_rows
 from .dpo import DPOConfig, train_dpo
 from .evaluate import Meter, ask, best_of, judge_of, judged, load_roles, samples_markdown, surprise, table_markdown, write_report
 from .generate import completions
@@ -221,12 +221,12 @@ class QuickstartConfig:
     seed: int = 0
     resume: bool = False # Keep the stages that are done in `out`
     split: Literal['report', 'development'] = 'report' # Whose prompts are judged; development is for choosing settings
-    prompts: int = 256 # How many are judged
+    prompts: int = 128 # How many are judged
     candidates: int = 4 # Of best-of-n
-    pairs: int = 640 # Preferences for the reward model and for DPO
+    pairs: int = 512 # Preferences for the reward model and for DPO
     new_tokens: int = 32 # In a completion
     temperature: float = 0.8 # In sampling and in log-probabilities alike
-    sft: SFTConfig = field(default_factory=lambda: SFTConfig(steps=32, batch_size=32, **STAGE))
+    sft: SFTConfig = field(default_factory=lambda: SFTConfig(steps=24, batch_size=32, **STAGE))
     reward: RewardConfig = field(default_factory=lambda: RewardConfig(pool='mean', batch_size=16, **dict(STAGE, holdout=.2)))
     ppo: PPOConfig = field(default_factory=lambda: PPOConfig(steps=8, epochs=2, kl_coef=.05, kl_budget=7., **dict(STAGE, learning_rate=2e-3)))
     dpo: DPOConfig = field(default_factory=lambda: DPOConfig(batch_size=16, **STAGE))
@@ -253,23 +253,40 @@ class Stages:
         write_file(self.file, json.dumps(self.took, indent=1))
         print(f'{name}: {meter.seconds:.0f} seconds, {meter.peak_mb:.0f} MB at most', flush=True)
 
-# %% ../nbs/44_quickstart.ipynb #a4283991
+# %% ../nbs/44_quickstart.ipynb #a4283992
 def write_rows(file: Path, rows: list[dict]):
     "Rows as JSON lines, so that each stage can be repeated by its own verb."
     write_file(file, ''.join(json.dumps(row, ensure_ascii=False) + '\n' for row in rows))
 
+# %% ../nbs/44_quickstart.ipynb #0380cab5
+def sampled_states(
+    rollout, # Of `ask`
+    stop: tuple = (), # Token ids that end a completion
+) -> dict: # Bytes of the tokens [T] → states [T D]
+    "The states below the adapters, by the tokens they belong to."
+    ends, last = rollout.mask.cumsum(1).argmax(1) + 1, np.isin(rollout.tokens, stop) & rollout.mask
+    rows = zip(rollout.tokens, ends - last.any(1), rollout.tokens if rollout.below is None else rollout.below)
+    return {tokens[:n].tobytes(): below[:n] for tokens, n, below in rows}
+
+# %% ../nbs/44_quickstart.ipynb #a4283991
 def sample_pairs(
     config: QuickstartConfig,
     prompts: list, # Messages
     gold,
     file: Path, # Gets the rows
     model: str, # Who writes
-):
-    "Two completions of each prompt, and the gold scorer's choice."
+) -> dict: # Bytes of the tokens → states below the adapters, for `known_states`
+    "Two completions of each prompt, and the gold scorer's choice; without those that read differently once they are text."
     policy, tokenizer = load_model(model, config.sft.precision)
-    said = completions(ask(policy, [encode_prompt(tokenizer, prompt) for prompt in prompts], key=jax.random.key(config.seed), n=2, batch_size=128,
-        max_new_tokens=config.new_tokens, temperature=config.temperature, stop=(tokenizer.eos_token_id,)), tokenizer)
-    write_rows(file, label_pairs(prompts, said[::2], said[1::2], gold, config.seed))
+    policy.split = len(policy.layers) - (config.dpo.top_layers or len(policy.layers))
+    rollout = ask(policy, [encode_prompt(tokenizer, prompt) for prompt in prompts], key=jax.random.key(config.seed), n=2, batch_size=128,
+        max_new_tokens=config.new_tokens, temperature=config.temperature, stop=(tokenizer.eos_token_id,))
+    said, states = completions(rollout, tokenizer), sampled_states(rollout, (tokenizer.eos_token_id,))
+    rows = clean_rows(label_pairs(prompts, said[::2], said[1::2], gold, config.seed))[0]
+    same = [all(side.tokens.tobytes() in states for side in sides) for sides in tokenize_rows(rows, tokenizer, eos=False)]
+    print(f'{len(prompts)} pairs sampled, {sum(same)} kept: the others were equal or empty, or have other tokens when they are read again')
+    write_rows(file, [row for row, fits in zip(rows, same) if fits])
+    return states if policy.split else {}
 
 # %% ../nbs/44_quickstart.ipynb #d6cd9e58
 def quickstart(config: QuickstartConfig) -> list[dict]: # The rows of `table.json`
@@ -291,11 +308,12 @@ def quickstart(config: QuickstartConfig) -> list[dict]: # The rows of `table.jso
         part = lambda name, data, model: replace(getattr(config, name), out=str(folder/name), model=model, data=str(files[data]), seed=config.seed)
         stages.do('base', lambda: load_model(base))
         stages.do('sft', lambda: train_sft(part('sft', 'written', base)))
-        stages.do('pairs', lambda: sample_pairs(config, prompts, gold, files['pairs'], models['sft']))
-        stages.do('reward', lambda: train_reward(part('reward', 'pairs', models['sft'])))
+        states = {}
+        stages.do('pairs', lambda: states.update(sample_pairs(config, prompts, gold, files['pairs'], models['sft'])))
+        stages.do('reward', lambda: train_reward(part('reward', 'pairs', models['sft']), states))
         stages.do('ppo', lambda: train_ppo(replace(part('ppo', 'asked', models['sft']), reward=str(folder/'reward'),
             max_new_tokens=config.new_tokens, temperature=config.temperature)))
-        stages.do('dpo', lambda: train_dpo(part('dpo', 'pairs', models['sft'])))
+        stages.do('dpo', lambda: train_dpo(part('dpo', 'pairs', models['sft']), states))
         asked = film_prompts(shares[config.split], config.prompts, seed=config.seed)
         with Meter() as last:
             roles, tokenizer = load_roles(models, config.sft.precision)

@@ -20,7 +20,7 @@ from .runs import Run
 from .sft import prepare_rows
 from .stats import brier, ece, fit_temperature, interval, log_loss, reliability_plot
 
-from .train import TrainConfig, adamw, init_state, load_role, lower_states, make_step, remember, save_role, train
+from .train import TrainConfig, adamw, init_state, known_states, load_role, lower_states, make_step, remember, save_role, train
 
 # %% ../nbs/32_reward.ipynb #df064375
 def last_token(hidden: Float[Array, 'B T D'], batch: Batch) -> Float[Array, 'B D']:
@@ -123,7 +123,7 @@ def reward_margins(model, batches, pool) -> tuple: # Margins and rewards of both
     return sides[0] - sides[1], sides
 
 # %% ../nbs/32_reward.ipynb #e9611288
-def reward_facts(config: RewardConfig, judge, pairs) -> tuple: # `extras` for the batches, and the judge with its first head
+def reward_facts(config: RewardConfig, judge, pairs, known: dict) -> tuple: # `extras` for the batches, and the judge with its first head
     "What stays the same during training: the states below the adapters, and the probe on the frozen trunk."
     graph, state = nnx.split(judge)
     keep, pool = lower_states(judge, pairs, config.cache_mb), POOLS[config.pool]
@@ -139,12 +139,15 @@ def reward_facts(config: RewardConfig, judge, pairs) -> tuple: # `extras` for th
         known, pooled = look(state, batch)
         for side, x in zip(states, pooled): side.append(np.asarray(x)[np.asarray(batch.weight) > 0])
         return known
-    extras = remember(facts, pairs, config.batch_size)
+    extras = remember(facts, pairs, config.batch_size, known)
     if config.probe: judge.head.weight[...] = jnp.asarray(fit_probe(*map(np.concatenate, states)), judge.head.weight.dtype)
     return extras, judge
 
 # %% ../nbs/32_reward.ipynb #451c8b4b
-def train_reward(config: RewardConfig):
+def train_reward(
+    config: RewardConfig,
+    states: dict = {}, # What is known about the texts: see `known_states`
+):
     "Train a judge on preferences; leaves `model/`, `reward_head.safetensors`, `reward.json` and `calibration.png` in the run's folder."
     with Run(config.out, config, config.resume) as run:
         keys, pool = jax.random.split(jax.random.key(config.seed)), POOLS[config.pool]
@@ -153,7 +156,7 @@ def train_reward(config: RewardConfig):
         rows, held = prepare_rows(config, tokenizer, run)
         pairs, tests = (tokenize_rows(part, tokenizer, config.max_length, config.eos) if part else [] for part in (rows, held))
         if not isinstance(pairs[0][0], tuple): raise DataError(f'{config.data}: a reward model needs two answers to compare: chosen and rejected')
-        extras, judge = reward_facts(config, judge, pairs)
+        extras, judge = reward_facts(config, judge, pairs, known_states(states, pairs))
         batches = Batches(pairs, config.batch_size, config.seed, config.epochs, extras=extras)
         steps = min(config.steps or len(batches), len(batches))
         optimizer = adamw(config.learning_rate, steps, config.warmup, config.weight_decay, config.max_grad_norm)

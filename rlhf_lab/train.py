@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['adamw', 'init_state', 'make_step', 'add_up', 'fit', 'TrainConfig', 'load_role', 'save_role', 'remember',
-           'lower_states', 'checkpoint', 'train']
+           'lower_states', 'known_states', 'checkpoint', 'train']
 
 # %% ../nbs/30_train.ipynb #189d8698
 import dataclasses, functools, jax, jax.numpy as jnp, numpy as np, optax
@@ -167,9 +167,10 @@ def remember(
     f, # A batch → {field of the batch: [B] or [B T …]}
     examples, # Of `tokenize_rows`
     batch_size: int,
+    known: dict = None, # `extras` of the examples that the batches bring along
 ) -> dict: # Field → [N] array or N arrays [T …]: the `extras` of `Batches`
     "Facts about every example, in the order of the examples."
-    batches, found, length = Batches(examples, batch_size, drop_last=False), {}, lambda e: max(len(side[0]) for side in (e if batches.pairs else (e,)))
+    batches, found, length = Batches(examples, batch_size, drop_last=False, extras=known), {}, lambda e: max(len(side[0]) for side in (e if batches.pairs else (e,)))
     for batch in batches:
         for name, rows in f(batch).items():
             known, rows = found.setdefault(name, [None]*len(examples)), np.asarray(rows)
@@ -185,6 +186,15 @@ def lower_states(
     "Should the states below the adapters be kept?"
     tokens = sum(len(side[0]) for e in examples for side in (e if isinstance(e[0], tuple) else (e,)))
     return policy.split > 0 and tokens*policy.config.hidden_size*2 < limit_mb*1e6
+
+# %% ../nbs/30_train.ipynb #fee8b081
+def known_states(
+    states: dict, # Bytes of the tokens [T] → states [T D] below the adapters
+    pairs, # Of `tokenize_rows`
+) -> dict: # `extras` of `Batches`; empty where a text is unknown
+    "The states below the adapters, of pairs that were sampled before."
+    sides = [[states.get(example.tokens.tobytes()) for example in side] for side in zip(*pairs)]
+    return {} if any(x is None for side in sides for x in side) else {'chosen.below': sides[0], 'rejected.below': sides[1]}
 
 # %% ../nbs/30_train.ipynb #b5ceba29
 def checkpoint(state: State, batches) -> dict:
