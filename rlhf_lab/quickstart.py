@@ -8,7 +8,7 @@ __all__ = ['OPENING', 'SHARES', 'STAGE', 'Review', 'tidy', 'film_reviews', 'plac
            'write_rows', 'sampled_states', 'sample_pairs', 'quickstart', 'tell']
 
 # %% ../nbs/44_quickstart.ipynb #e7b33bae
-import csv, hashlib, json, random, re, time
+import csv, hashlib, json, os, random, re, time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -223,13 +223,13 @@ class QuickstartConfig:
     split: Literal['report', 'development'] = 'report' # Whose prompts are judged; development is for choosing settings
     prompts: int = 128 # How many are judged
     candidates: int = 4 # Of best-of-n
-    pairs: int = 512 # Preferences for the reward model and for DPO
+    pairs: int = 384 # Preferences for the reward model and for DPO
     new_tokens: int = 32 # In a completion
     temperature: float = 0.8 # In sampling and in log-probabilities alike
-    sft: SFTConfig = field(default_factory=lambda: SFTConfig(steps=24, batch_size=32, **STAGE))
+    sft: SFTConfig = field(default_factory=lambda: SFTConfig(steps=16, batch_size=32, **STAGE))
     reward: RewardConfig = field(default_factory=lambda: RewardConfig(pool='mean', batch_size=16, **dict(STAGE, holdout=.2)))
-    ppo: PPOConfig = field(default_factory=lambda: PPOConfig(steps=8, epochs=2, kl_coef=.05, kl_budget=7., **dict(STAGE, learning_rate=2e-3)))
-    dpo: DPOConfig = field(default_factory=lambda: DPOConfig(batch_size=16, **STAGE))
+    ppo: PPOConfig = field(default_factory=lambda: PPOConfig(steps=12, batch_size=32, epochs=2, kl_coef=.05, kl_budget=7., **dict(STAGE, learning_rate=2e-3)))
+    dpo: DPOConfig = field(default_factory=lambda: DPOConfig(batch_size=16, **dict(STAGE, learning_rate=2e-3)))
 
 def tiny(config: QuickstartConfig) -> QuickstartConfig:
     "The same story for a toy."
@@ -291,7 +291,7 @@ def sample_pairs(
 # %% ../nbs/44_quickstart.ipynb #d6cd9e58
 def quickstart(config: QuickstartConfig) -> list[dict]: # The rows of `table.json`
     "Base → SFT → pairs → reward model → PPO → DPO → report, in the folder `config.out`."
-    began = time.monotonic()
+    began, busy = time.monotonic(), time.process_time()
     config = tiny(config) if config.tiny else config
     with Run(config.out, config, config.resume) as run:
         folder, stages = run.path, Stages(run.path)
@@ -320,7 +320,8 @@ def quickstart(config: QuickstartConfig) -> list[dict]: # The rows of `table.jso
             table, answers = compare(roles, tokenizer, stages.took, asked, gold, judge_of(folder/'reward', roles['sft']),
                 key=jax.random.key(config.seed), candidates=config.candidates, max_new_tokens=config.new_tokens, temperature=config.temperature)
         most = max(last.peak_mb, *(took['peak_mb'] for took in stages.took.values()))
-        cost = f'{(time.monotonic() - began)/60:.1f} minutes ({last.seconds/60:.1f} of them for this comparison) and at most {most/1000:.1f} GB in all'
+        cost = (f'{(time.monotonic() - began)/60:.1f} minutes ({last.seconds/60:.1f} of them for this comparison), {(time.process_time() - busy)/60:.1f} minutes of '
+            f'processor time in {config.sft.precision} on {os.cpu_count()} cores, and at most {most/1000:.1f} GB in all')
         print(tell(config, folder, table, answers, asked, accuracy, cost))
     return table
 
