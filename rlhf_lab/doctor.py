@@ -343,13 +343,13 @@ def sign_table(signs: tuple) -> str:
     return as_table(('sign', 'reads', 'alarm', 'meaning', 'usual cause', 'remedy'),
         [(s.name, ', '.join(f'`{name}`' for name in s.reads), s.alarm, s.meaning, s.cause, s.remedy) for s in signs])
 
-# %% ../nbs/36_doctor.ipynb #08e39f18
+# %% ../nbs/36_doctor.ipynb #640d7010
 def fitting(signs: tuple, run: Run) -> tuple:
     "The signs that mean something under the settings of a run."
     file = run.path/'config.json'
     settings = json.loads(file.read_text(encoding='utf-8')) if file.exists() else {}
-    idle = {'lab/frac_eos'} if settings.get('stop_at_eos') is False else set()
-    return tuple(sign for sign in signs if not idle & {*sign.reads})
+    endless = not (settings.get('eos', True) and settings.get('stop_at_eos', True))
+    return tuple(sign for sign in signs if not (endless and 'lab/frac_eos' in sign.reads))
 
 def watched(
     updates, # Of (state, measurements, …), as `fit` and `practise` yield them

@@ -142,9 +142,9 @@ def test_a_resumed_run_does_not_repeat_its_alarms(tmp_path, capsys):
         seen = [measured['lab/alarms'] for _, measured, _ in watched(iter(later), run, PPO_SIGNS)]
     assert seen == [1]*20 and capsys.readouterr().err == ''
 
-def test_who_is_not_told_to_stop_has_no_endings_to_count(tmp_path):
-    for stop, expected in ((True, {'EOS never sampled'}), (False, set())):
-        with Run(tmp_path/str(stop), dict(stop_at_eos=stop)) as run:
+def test_who_never_learned_to_end_or_is_not_stopped_has_no_endings_to_count(tmp_path):
+    for eos, stop, expected in ((True, True, {'EOS never sampled'}), (True, False, set()), (False, True, set())):
+        with Run(tmp_path/f'{eos}{stop}', dict(eos=eos, stop_at_eos=stop)) as run:
             assert names(rows(ppo() | {'lab/frac_eos': np.zeros(N)}), fitting(PPO_SIGNS, run)) == expected
 
 def test_looking_at_a_long_run_is_cheap():
