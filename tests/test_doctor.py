@@ -23,7 +23,7 @@ def ppo(seed: int = 0) -> dict: # Columns
         'val/ratio': noisy(1., .004), 'val/clipfrac_avg': noisy(.1, .03), 'lab/ratio_off': random.lognormal(.2, .3, N), 'lab/explained_variance': noisy(ramp(0, .6), .06),
         'lab/frac_eos': noisy(.6, .06), 'lab/length': length, 'lab/kl_coef': ramp(.05, .07), 'lab/updates': np.full(N, 8.), 'lab/sampler_gap': noisy(.004, .0005),
         'lab/length_corr': noisy(.05, .12), 'lab/repetition': noisy(.01, .003), 'lab/distinct': noisy(.98, .01), 'lab/frac_zero_std': np.abs(noisy(.05, .03)),
-        'lab/disagreement': noisy(ramp(.2, .26), .02), 'lab/advantage_std': noisy(.6, .04), 'grad_norm': random.lognormal(0, .4, N),
+        'lab/disagreement': noisy(ramp(.2, .26), .02), 'lab/over_budget': np.zeros(N), 'lab/advantage_std': noisy(.6, .04), 'grad_norm': random.lognormal(0, .4, N),
         'skipped': np.zeros(N), 'taken': np.ones(N)}
 
 def dpo(seed: int = 0) -> dict: # Columns
@@ -52,6 +52,7 @@ SICK = { # What changes in a healthy run, and which other alarms that rightly ra
     'KL without end': (ppo, {'objective/kl': line(0, 15) + wobble, 'objective/scores': line(0, 3) + wobble}, set()),
     'KL for nothing': (ppo, {'objective/kl': line(0, 6) + wobble, 'objective/scores': np.minimum(line(0, 6), 2.5) + wobble}, set()),
     'price runs away': (ppo, {'lab/kl_coef': .05*1.04**np.arange(N)}, set()),
+    'over budget': (ppo, {'lab/over_budget': 1.*(np.arange(N) % 3 > 0)}, set()),
     'mean ratio off': (ppo, {'val/ratio': 1.2 + wobble}, set()),
     'ratio outliers': (ppo, {'lab/ratio_off': 14 + wobble}, set()),
     'clip fraction high': (ppo, {'policy/clipfrac_avg': .35 + wobble}, set()),
@@ -71,7 +72,7 @@ SICK = { # What changes in a healthy run, and which other alarms that rightly ra
     'reward saturation': (ppo, {'objective/scores_std': ramp(1, .01)}, set()),
     'judges disagree': (ppo, {'lab/disagreement': ramp(.2, .9)}, set()),
     'groups all equal': (ppo, {'lab/frac_zero_std': .8 + wobble}, set()),
-    'rewards not 0 at the start': (dpo, {'rewards/chosen': line(-.2, -.3), 'rewards/rejected': line(-.1, -1.3)}, set()),
+    'not the reference at the start': (dpo, {'lab/delta_chosen': line(-2, -3), 'lab/delta_rejected': line(-1, -13)}, set()),
     'displacement': (dpo, {'rewards/chosen': ramp(0, -8), 'rewards/rejected': ramp(0, -9.5)}, set()),
     'chosen side sinks': (dpo, {'lab/delta_chosen': ramp(0, -50), 'lab/delta_rejected': ramp(0, -80), 'logps/chosen': ramp(0, -50) - 110}, set()),
     'both sides sink': (dpo, {'lab/delta_chosen': ramp(0, -18), 'lab/delta_rejected': ramp(0, -20), 'logps/chosen': ramp(0, -18) - 110}, set()),
