@@ -6,11 +6,10 @@
 __all__ = ['START', 'DISTANCE', 'TRAINING', 'STEPS', 'CRITIC', 'WORDS', 'SCORES', 'PPO_SIGNS', 'SIDES', 'PAIRS', 'DPO_SIGNS',
            'Sign', 'columns', 'Finding', 'examine', 'doctor_line', 'late', 'early', 'change', 'halves', 'at_start',
            'surprise', 'unbounded', 'idle', 'spikes', 'cut_short', 'stuck', 'gain_in_noise', 'lost', 'sinking',
-           'by_heart', 'together', 'as_table', 'sign_table', 'replay', 'fitting', 'watched', 'ExamineConfig',
-           'examine_run']
+           'by_heart', 'together', 'as_table', 'sign_table', 'replay', 'fitting', 'watched', 'report']
 
-# %% ../nbs/36_doctor.ipynb #d16a255e
-import dataclasses, json, math, sys, numpy as np
+# %% ../nbs/36_doctor.ipynb #6d3de8d1
+import json, math, sys, numpy as np
 from collections.abc import Callable
 from typing import NamedTuple
 from .core import DataError
@@ -384,24 +383,18 @@ def watched(
         known |= {finding.name for finding in findings}
         yield state, {**measured, 'lab/alarms': len(findings)}, *rest
 
-# %% ../nbs/36_doctor.ipynb #e6309304
-@dataclasses.dataclass
-class ExamineConfig:
-    "What is wrong with a run? Reads its metrics, whether it is finished or still going."
-    run: str # The folder of a run, as runs/ppo
-
-def examine_run(config: ExamineConfig):
-    "Print every alarm of a run with number, cause and remedy. Raises DataError where nothing was logged."
-    run = Run(config.run)
+# %% ../nbs/36_doctor.ipynb #c846b646
+def report(run: Run) -> str:
+    "Every alarm of a run with number, cause and remedy, whether it is finished or still going. Raises DataError where nothing was logged."
     signs = fitting(tuple(dict.fromkeys(PPO_SIGNS + DPO_SIGNS)), run)
     try: history = run.metrics()
     except ValueError as e: raise DataError(f'{run.path/"metrics.jsonl"}: is damaged ({e})') from None
     if not history:
-        near = sorted(str(file.parent) for file in run.path.glob('*/metrics.jsonl'))
-        raise DataError(f'{run.path}: holds no metrics; give the folder of a run' + (f': {", ".join(near)}' if near else ', as runs/ppo'))
+        near = ', '.join(sorted(str(file.parent) for file in run.path.glob('*/metrics.jsonl')))
+        raise DataError(f'{run.path}: holds no metrics; give the folder of a run' + (f': {near}' if near else ', as runs/ppo'))
     table, alarms = columns(history), replay(history, signs)
     read = sum(sign.number(table) is not None for sign in signs)
-    print(f'{run.path}: {len(history)} steps, {read} of {len(signs)} signs can be read, {len(alarms)} raised an alarm')
+    head = f'{run.path}: {len(history)} steps, {read} of {len(signs)} signs can be read, {len(alarms)} raised an alarm'
     rows = [(f.name, f'{first} – {last}', f'{f.number:.3g}', f.sign.alarm, f.sign.meaning, f.sign.cause, f.sign.remedy)
             for first, last, f in alarms]
-    if rows: print(as_table(('sign', 'steps', 'number', 'alarm', 'meaning', 'usual cause', 'remedy'), rows))
+    return head + ('\n\n' + as_table(('sign', 'steps', 'number', 'alarm', 'meaning', 'usual cause', 'remedy'), rows) if rows else '')

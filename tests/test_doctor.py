@@ -160,7 +160,7 @@ def test_examine_prints_number_cause_and_remedy(tmp_path, capsys):
     with Run(tmp_path/'ppo', {}) as run:
         for row in rows(ppo() | {'lab/repetition': np.where((np.arange(N) > 20) & (np.arange(N) < 40), .5, .01)}): run.log(row['step'], row)
     assert main(['examine', str(run.path)]) == 0
-    head, _, _, line = capsys.readouterr().out.strip().split('\n')
+    head, _, _, _, line = capsys.readouterr().out.strip().split('\n')
     assert f'{N} steps' in head and '1 raised an alarm' in head
     assert line.startswith('| repeated n-grams | 24 – 42 | 0.5 | above 0.2 |') and 'raise kl_coef' in line
 
