@@ -134,6 +134,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'rlhf_lab.doctor.doctor_line': ('doctor.html#doctor_line', 'rlhf_lab/doctor.py'),
                                  'rlhf_lab.doctor.early': ('doctor.html#early', 'rlhf_lab/doctor.py'),
                                  'rlhf_lab.doctor.examine': ('doctor.html#examine', 'rlhf_lab/doctor.py'),
+                                 'rlhf_lab.doctor.factor': ('doctor.html#factor', 'rlhf_lab/doctor.py'),
                                  'rlhf_lab.doctor.fitting': ('doctor.html#fitting', 'rlhf_lab/doctor.py'),
                                  'rlhf_lab.doctor.gain_in_noise': ('doctor.html#gain_in_noise', 'rlhf_lab/doctor.py'),
                                  'rlhf_lab.doctor.halves': ('doctor.html#halves', 'rlhf_lab/doctor.py'),

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['START', 'DISTANCE', 'TRAINING', 'STEPS', 'CRITIC', 'WORDS', 'SCORES', 'PPO_SIGNS', 'SIDES', 'PAIRS', 'DPO_SIGNS',
            'Sign', 'columns', 'Finding', 'examine', 'doctor_line', 'late', 'early', 'change', 'halves', 'at_start',
-           'surprise', 'unbounded', 'idle', 'spikes', 'cut_short', 'stuck', 'gain_in_noise', 'lost', 'sinking',
-           'by_heart', 'together', 'as_table', 'sign_table', 'replay', 'fitting', 'watched', 'report']
+           'surprise', 'unbounded', 'idle', 'factor', 'spikes', 'cut_short', 'stuck', 'gain_in_noise', 'lost',
+           'sinking', 'by_heart', 'together', 'as_table', 'sign_table', 'replay', 'fitting', 'watched', 'report']
 
 # %% ../nbs/36_doctor.ipynb #6d3de8d1
 import json, math, sys, numpy as np
@@ -118,7 +118,7 @@ START = (
         'give generation and loss the same temperature, and leave the distribution whole'),
 )
 
-# %% ../nbs/36_doctor.ipynb #96a0ffc5
+# %% ../nbs/36_doctor.ipynb #c4a5a6cf
 def unbounded(kl, length, scores) -> float:
     "Growth of the distance in the second half of a run, in units of the first; nan while it is small, or bought in vain."
     first, second = halves(kl)
@@ -130,6 +130,11 @@ def idle(kl, scores) -> float:
     if not nats[1] > .5*nats[0] > 0: return math.nan
     expected, noise = nats[1]*gains[0]/nats[0], np.diff(scores).std()/2**.5
     return gains[1]/expected if expected > 4*noise else math.nan
+
+def factor(price) -> float:
+    "How many times larger or smaller than at first."
+    ratio = change(price)
+    return max(ratio, 1/ratio) if ratio else math.nan
 
 DISTANCE = (
     Sign('negative KL', ('objective/kl',), late, -.5,
@@ -148,7 +153,7 @@ DISTANCE = (
         'KL still grows but the score does not (score per nat, second half against first)',
         'over-optimisation: the judge has no more to give here, and only distance grows',
         'stop at the bend, raise kl_coef, or train the judge on what the policy writes now', above=False),
-    Sign('price runs away', ('lab/kl_coef',), lambda price: max(change(price), 1/change(price)) if len(price) else math.nan, 5.,
+    Sign('price runs away', ('lab/kl_coef',), factor, 5.,
         'the controller has changed the price of a nat many times over',
         'a kl_target that the policy cannot reach, or too short a kl_horizon',
         'set kl_target near the KL that was measured, or raise kl_horizon'),
