@@ -208,6 +208,7 @@ def train(
     batches, # With `state()` and `restore()`
     config: TrainConfig,
     label: str, # For the progress line
+    onlooker = iter, # Takes the updates and passes them on, as `watched` of `36_doctor` does
 ) -> State:
     "Fit, log every update to `metrics.jsonl`, save now and then; with `resume`, from where it stopped."
     total = min(config.steps or len(batches), len(batches))
@@ -216,7 +217,7 @@ def train(
         batches.restore(saved.pop('data'))
         state = state.replace(**saved)
     left = total - int(state.step)
-    updates = fit(state, step, (batch for _, batch in zip(range(left), batches)))
+    updates = onlooker(fit(state, step, (batch for _, batch in zip(range(left), batches))))
     for state, measured in progress(updates, left, label, run):
         run.log(int(state.step), measured)
         if int(state.step)%config.save_every == 0 and int(state.step) < total: run.save(int(state.step), checkpoint(state, batches))
