@@ -32,6 +32,7 @@ verbs = {
     'ppo': Verb('practise: improve a policy against a reward', 'rlhf_lab.ppo:PPOConfig', 'rlhf_lab.ppo:train_ppo'),
     'dpo': Verb('prefer: improve a policy on pairs directly', 'rlhf_lab.dpo:DPOConfig', 'rlhf_lab.dpo:train_dpo'),
     'eval': Verb('compare models on held-out prompts', 'rlhf_lab.evaluate:EvalConfig', 'rlhf_lab.evaluate:evaluate'),
+    'card': Verb('the report card of a reward model', 'rlhf_lab.card:CardConfig', 'rlhf_lab.card:make_card'),
     'generate': Verb('one answer to one prompt', 'rlhf_lab.cli:GenerateConfig', 'rlhf_lab.cli:write', False),
     'chat': Verb('talk with a model in the terminal', 'rlhf_lab.cli:ChatConfig', 'rlhf_lab.cli:chat', False),
     'app': Verb('compare models in the browser and vote', 'rlhf_lab.cli:AppConfig', 'rlhf_lab.cli:launch', False),

@@ -187,7 +187,7 @@ def deal(
 ) -> np.ndarray: # [N] which fold, 0 … folds − 1
     "Deal groups into folds of equally many groups. Raises ValueError where there are not two of them."
     group = numbered(groups, len(groups))
-    if len(set(group)) < 2 or folds < 2: raise ValueError(f'{len(set(group))} groups cannot be dealt into {folds} folds: it takes two of each')
+    if len(set(group)) < 2 or folds < 2: raise ValueError(f'{len(set(group))} groups, {folds} folds: it takes two of each')
     return (np.random.default_rng(seed).permutation(group.max() + 1) % folds)[group]
 
 def cross_fit(
@@ -204,7 +204,7 @@ def cross_fit(
     return prob
 
 
-# %% ../nbs/02_stats.ipynb #90438bbe
+# %% ../nbs/02_stats.ipynb #10111740
 def calibration_scores(
     prob, # [N] predicted probability that the label is 1
     label, # [N] 0 or 1
@@ -217,21 +217,23 @@ def calibration_scores(
     gaps = np.zeros((group.max() + 1, bins))
     np.add.at(gaps, (group, bin_of(prob, bins)), prob - label)
     draws = resample(len(gaps), seed=seed)
-    drawn = np.abs(draws @ gaps).sum(1)/(draws @ np.bincount(group))
-    return dict(nll=interval(log_losses(prob, label), seed, groups=group), brier=interval((prob - label)**2, seed, groups=group),
-        ece=(ece(prob, label, bins), *middle(drawn)))
+    size = draws @ np.bincount(group)
+    mean = lambda values: (float(values.mean()), *middle(draws @ np.bincount(group, values)/size))
+    return dict(nll=mean(log_losses(prob, label)), brier=mean((prob - label)**2),
+        ece=(ece(prob, label, bins), *middle(np.abs(draws @ gaps).sum(1)/size)))
 
 def ece_by_chance(
     prob, # [N] predicted probability that the preferred completion is preferred
     bins: int = 10,
-    draws: int = 200,
+    draws: int = 1000,
     seed: int = 0,
 ) -> tuple[float, float]: # The mean, and what one in twenty would exceed
-    "The calibration error, over both orders of each pair, that a judge would show whose probabilities are true: labels are drawn from them."
+    "The calibration error over both orders of each pair, were the probabilities true: labels are drawn from them."
     prob = np.asarray(prob, np.float64)
-    drawn = np.random.default_rng(seed).random((draws, len(prob))) < prob
-    found = [ece(np.concatenate([prob, 1 - prob]), np.concatenate([label, ~label]), bins) for label in drawn]
-    return float(np.mean(found)), float(np.quantile(found, .95))
+    sides = np.eye(bins)[bin_of(prob, bins)] - np.eye(bins)[bin_of(1 - prob, bins)] # the other order has the opposite gap
+    gaps = (np.random.default_rng(seed).random((draws, len(prob))) < prob) - prob
+    found = np.abs(gaps @ sides).sum(1)/(2*len(prob))
+    return float(found.mean()), float(np.quantile(found, .95))
 
 
 # %% ../nbs/02_stats.ipynb #79784548
