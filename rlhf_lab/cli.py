@@ -34,6 +34,7 @@ verbs = {
     'eval': Verb('compare models on held-out prompts', 'rlhf_lab.evaluate:EvalConfig', 'rlhf_lab.evaluate:evaluate'),
     'examine': Verb('what is wrong with a run, from its metrics', 'rlhf_lab.cli:ExamineConfig',
                     'rlhf_lab.cli:examine', False),
+    'card': Verb('the report card of a reward model', 'rlhf_lab.card:CardConfig', 'rlhf_lab.card:make_card'),
     'generate': Verb('one answer to one prompt', 'rlhf_lab.cli:GenerateConfig', 'rlhf_lab.cli:write', False),
     'chat': Verb('talk with a model in the terminal', 'rlhf_lab.cli:ChatConfig', 'rlhf_lab.cli:chat', False),
     'app': Verb('compare models in the browser and vote', 'rlhf_lab.cli:AppConfig', 'rlhf_lab.cli:launch', False),

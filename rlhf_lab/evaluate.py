@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['COLUMNS', 'COLORS', 'win_rate', 'sequence_kl', 'perplexity', 'ngrams', 'distinct_n', 'repetition', 'Meter',
-           'peak_memory', 'ask', 'load_roles', 'surprise', 'Answers', 'judged', 'best_of', 'cell', 'table_markdown',
-           'frontier_plot', 'write_png', 'plain', 'samples_markdown', 'write_report', 'judge_of', 'EvalConfig',
-           'evaluate']
+           'peak_memory', 'ask', 'load_roles', 'surprise', 'Answers', 'judged', 'best_of', 'cell', 'grid',
+           'table_markdown', 'frontier_plot', 'write_png', 'plain', 'samples_markdown', 'write_report', 'judge_of',
+           'EvalConfig', 'evaluate']
 
 # %% ../nbs/40_evaluate.ipynb #517bebe1
 import json, os, re, resource, sys, time
@@ -232,12 +232,19 @@ def cell(
     return '–'
 
 # %% ../nbs/40_evaluate.ipynb #1b9dc2a4
+def grid(
+    titles, # Of the columns; the first is aligned left, the others right
+    rows, # Lists of cells, all text
+) -> str:
+    "A Markdown table."
+    lines = [titles, ['---'] + ['--:']*(len(titles) - 1), *rows]
+    return '\n'.join('| ' + ' | '.join(line) + ' |' for line in lines) + '\n'
+
 def table_markdown(rows: list[dict]) -> str:
     "The rows of `table.json` as a Markdown table; columns that no row can fill are left out."
     cells = {title: [cell(formats, row) for row in rows] for title, formats in COLUMNS.items()}
     cells = {title: column for title, column in cells.items() if set(column) != {'–'}}
-    lines = [cells, ['---'] + ['--:']*(len(cells) - 1), *zip(*cells.values())]
-    return '\n'.join('| ' + ' | '.join(line) + ' |' for line in lines) + '\n'
+    return grid(list(cells), zip(*cells.values()))
 
 # %% ../nbs/40_evaluate.ipynb #4cee6624
 COLORS = '#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#000000' # Okabe and Ito 2008

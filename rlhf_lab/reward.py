@@ -18,7 +18,7 @@ from .lora import add_head, on_trunk, share
 from .model import Transformer
 from .runs import Run
 from .sft import prepare_rows
-from .stats import brier, ece, fit_temperature, interval, log_loss, reliability_plot
+from .stats import brier, cross_fit, ece, fit_temperature, interval, log_loss, reliability_plot, sigmoid, symmetrise
 
 from .train import TrainConfig, adamw, init_state, known_states, load_role, lower_states, make_step, remember, save_role, train
 
@@ -92,13 +92,11 @@ def calibration(
     margins: Float[Array, 'N'], # On held-out pairs
 ) -> dict:
     "Accuracy with its interval; log-loss, Brier score and calibration error before and after a fitted temperature."
-    fit, test = margins[::2], margins[1::2]
-    T = fit_temperature(fit) if len(fit) else 1.
     accuracy = dict(zip(('accuracy', 'accuracy_low', 'accuracy_high'), interval((margins > 0)*1.)))
-    found = dict(accuracy, pairs=len(margins), temperature=T)
-    label = np.repeat([1., 0.], len(test))
-    for name, scale in (('raw', 1.), ('calibrated', T)):
-        chance = 1/(1 + np.exp(-np.concatenate([test, -test])/scale))
+    found = dict(accuracy, pairs=len(margins), temperature=fit_temperature(margins))
+    both, label = symmetrise(margins)
+    raw = sigmoid(both)
+    for name, chance in (('raw', raw), ('calibrated', cross_fit(margins) if len(margins) > 1 else raw)):
         found.update({f'nll_{name}': log_loss(chance, label), f'brier_{name}': brier(chance, label), f'ece_{name}': ece(chance, label)})
     return found
 
