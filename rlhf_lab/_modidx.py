@@ -507,6 +507,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'rlhf_lab.train.make_step': ('train.html#make_step', 'rlhf_lab/train.py'),
                                 'rlhf_lab.train.remember': ('train.html#remember', 'rlhf_lab/train.py'),
                                 'rlhf_lab.train.save_role': ('train.html#save_role', 'rlhf_lab/train.py'),
+                                'rlhf_lab.train.snapshot': ('train.html#snapshot', 'rlhf_lab/train.py'),
                                 'rlhf_lab.train.train': ('train.html#train', 'rlhf_lab/train.py')},
             'rlhf_lab.trust': { 'rlhf_lab.trust.accuracy': ('trust.html#accuracy', 'rlhf_lab/trust.py'),
                                 'rlhf_lab.trust.bands': ('trust.html#bands', 'rlhf_lab/trust.py'),
