@@ -234,7 +234,7 @@ def cpo_loss(
     "Contrastive preference optimisation, per pair."
     return pair_loss(model, pairs, lambda chosen, rejected: loss(chosen - rejected), beta, reference=False, nll=nll)
 
-# %% ../nbs/34_dpo.ipynb #d2022975
+# %% ../nbs/34_dpo.ipynb #290fdd6b
 def simpo_loss(
     model: Transformer,
     pairs: Pairs,
@@ -243,7 +243,8 @@ def simpo_loss(
     nll: float = 0., # CPO-SimPO imitates a little
 ) -> tuple:
     "Simple preference optimisation, per pair."
-    return pair_loss(model, pairs, lambda chosen, rejected: bradley_terry(chosen - rejected - gamma), beta, average=True, reference=False, nll=nll)
+    loss = lambda chosen, rejected: bradley_terry(chosen - rejected - gamma)
+    return pair_loss(model, pairs, loss, beta, average=True, reference=False, nll=nll)
 
 # %% ../nbs/34_dpo.ipynb #87192bc4
 def log_odds(logprob: Float[Array, '...']) -> Float[Array, '...']:

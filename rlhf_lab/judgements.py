@@ -57,7 +57,7 @@ def ranked_best(rows) -> tuple[list, Counter]:
         else: found.append(dict(rest(row, 'best'), prompt=row['prompt'], ranks=[1 if i == row['best'] else 2 for i in range(n)]))
     return found, counts
 
-# %% ../nbs/13_judgements.ipynb #ce352c64
+# %% ../nbs/13_judgements.ipynb #f08249ab
 VERDICTS = {'first': (1, 2), 'second': (2, 1), 'tie': (1, 1), 'both good': (1, 1), 'both bad': (1, 1)}
 
 def ranked_verdicts(rows) -> tuple[list, Counter]:
@@ -65,10 +65,11 @@ def ranked_verdicts(rows) -> tuple[list, Counter]:
     counts, found = Counter(), []
     for row in usable(rows, ('prompt', 'first', 'second', 'verdict'), counts):
         if row['verdict'] not in VERDICTS: counts['malformed'] += 1; continue
-        found.append(dict(rest(row, 'first', 'second', 'verdict'), prompt=row['prompt'], completions=[row['first'], row['second']], ranks=[*VERDICTS[row['verdict']]]))
+        both = dict(completions=[row['first'], row['second']], ranks=[*VERDICTS[row['verdict']]])
+        found.append(dict(rest(row, 'first', 'second', 'verdict'), prompt=row['prompt'], **both))
     return found, counts
 
-# %% ../nbs/13_judgements.ipynb #88581b67
+# %% ../nbs/13_judgements.ipynb #b97d22f2
 def number(value) -> bool:
     "A number that can be compared."
     return isinstance(value, (bool, int, float)) and value == value
@@ -89,7 +90,8 @@ def ranked_scores(
     for group in by_question(scored(rows, column, counts)):
         if len(group) < 2: counts['alone'] += 1; continue
         order = sorted({row[column] for row in group}, reverse=True)
-        found.append(dict(prompt=group[0]['prompt'], completions=[row['completion'] for row in group], ranks=[order.index(row[column]) + 1 for row in group]))
+        ranks = [order.index(row[column]) + 1 for row in group]
+        found.append(dict(prompt=group[0]['prompt'], completions=[row['completion'] for row in group], ranks=ranks))
     return found, counts
 
 def ranked_ratings(rows) -> tuple[list, Counter]: return ranked_scores(rows, 'rating')
@@ -154,7 +156,7 @@ def thumbs_of_ratings(
     return [dict(rest(row, 'rating', 'completion'), prompt=row['prompt'], completion=row['completion'], label=row['rating'] > middle)
             for row in good if row['rating'] != middle], counts
 
-# %% ../nbs/13_judgements.ipynb #99c4b755
+# %% ../nbs/13_judgements.ipynb #984515f4
 KINDS = {('chosen', 'rejected'): ranked_pairs, ('completions', 'best'): ranked_best, ('completions',): ranked_rankings,
     ('first', 'second', 'verdict'): ranked_verdicts, ('completion', 'rating'): ranked_ratings, ('completion', 'label'): ranked_thumbs}
 
@@ -162,7 +164,8 @@ def kind_of(rows) -> tuple: # A key of `KINDS`
     "Which judgements these are. Raises DataError where they are none."
     columns = set().union(*rows)
     if kind := next((kind for kind in KINDS if columns.issuperset(kind)), None): return kind
-    raise DataError(f'the columns {", ".join(sorted(columns)) or "(none)"} hold no judgement: name them {", or ".join(" and ".join(kind) for kind in KINDS)}')
+    names = ', or '.join(' and '.join(kind) for kind in KINDS)
+    raise DataError(f'the columns {", ".join(sorted(columns)) or "(none)"} hold no judgement: name them {names}')
 
 def as_rankings(rows) -> tuple[list, Counter]:
     "Any judgements as rankings."

@@ -6,15 +6,15 @@
 __all__ = ['REFERENCE_FREE', 'DPOConfig', 'loss_of', 'dpo_facts', 'check_start', 'MovingReference', 'learn', 'converted',
            'train_dpo', 'report_pairs', 'KTOConfig', 'thumbs_maker', 'train_kto', 'class_weights', 'report_thumbs']
 
-# %% ../nbs/38_prefer.ipynb #b4d37be3
+# %% ../nbs/38_prefer.ipynb #f546af00
 import dataclasses, functools, shutil, jax, jax.numpy as jnp, numpy as np
 from flax import nnx
 from pathlib import Path
 from typing import Literal, get_args
 from .core import CheckpointError, DataError, LabError, Pairs, UsageError, both
 from .data import Batches, tokenize_rows
-from .dpo import (add_tokens, alpha_divergence, apo_down, apo_zero, balance, bco, cdpo, cpo_loss, discopop, dpo_loss, exo, forward_kl, hinge, ipo, js,
-    kto_loss, nca, on_policy, orpo_loss, pair_loss, reference_logprobs, robust, simpo_loss, sppo_hard, with_mismatches)
+from .dpo import (add_tokens, alpha_divergence, apo_down, apo_zero, balance, bco, cdpo, cpo_loss, discopop, dpo_loss, exo,
+    forward_kl, hinge, ipo, js, kto_loss, nca, on_policy, orpo_loss, pair_loss, reference_logprobs, robust, simpo_loss, sppo_hard, with_mismatches)
 from .judgements import as_pairs, as_thumbs
 from .lora import drop_lora, merge_lora
 from .model import Transformer, score_tokens
@@ -23,15 +23,15 @@ from .runs import Run, load_tree, save_tree
 from .sft import prepare_rows
 from .train import TrainConfig, adamw, init_state, load_role, lower_states, make_step, remember, save_role, train
 
-# %% ../nbs/38_prefer.ipynb #cee5824e
+# %% ../nbs/38_prefer.ipynb #2ca44177
 REFERENCE_FREE = 'cpo', 'simpo', 'orpo'
 
 @dataclasses.dataclass
 class DPOConfig(TrainConfig):
     "Settings of direct preference optimisation and its family."
     out: str = 'runs/dpo'
-    loss: Literal['sigmoid', 'cdpo', 'robust', 'hinge', 'ipo', 'ipo_mean', 'exo', 'nca', 'bco', 'sppo_hard', 'apo_zero', 'apo_down', 'discopop',
-        'sigmoid_norm', 'forward_kl', 'js', 'alpha', 'cpo', 'simpo', 'orpo'] = 'sigmoid' # See the table in 34_dpo; ipo adds up over tokens, ipo_mean is TRL's
+    loss: Literal['sigmoid', 'cdpo', 'robust', 'hinge', 'ipo', 'ipo_mean', 'exo', 'nca', 'bco', 'sppo_hard', 'apo_zero', 'apo_down',
+        'discopop', 'sigmoid_norm', 'forward_kl', 'js', 'alpha', 'cpo', 'simpo', 'orpo'] = 'sigmoid' # See 34_dpo; ipo_mean is TRL's ipo
     beta: float = 0. # Price of a nat; 0: what is usual: 0.1, simpo 2, sigmoid_norm 5; for orpo, weight of the odds
     flipped: float = 0. # Share of labels believed to be wrong; 0: what is usual: cdpo and robust 0.1, exo 0.001
     gamma: float = 1. # simpo: margin to be had for nothing, after beta
@@ -44,32 +44,39 @@ class DPOConfig(TrainConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.loss not in (names := get_args(DPOConfig.__annotations__['loss'])): raise UsageError(f'there is no loss {self.loss!r:.40}: take one of {", ".join(names)}')
-        if self.beta < 0: raise UsageError(f'beta is {self.beta}: the price of a nat is above 0')
-        if self.flipped and self.loss not in ('cdpo', 'robust', 'exo'): raise UsageError(f'{self.loss} takes no flipped labels: choose loss cdpo, robust or exo, or leave flipped out')
-        if not 0 <= self.flipped < .5: raise UsageError(f'flipped is {self.flipped}: give a share of wrong labels from 0 up to, but not including, 0.5')
-        if not 0 <= self.ref_alpha <= 1 or self.ref_every < 1 or self.chunks < 1: raise UsageError('ref_alpha lies between 0 and 1; ref_every and chunks are at least 1')
-        if self.ref_alpha and self.chunks > 1: raise UsageError('the reference follows by ref_alpha or by chunks, not by both: leave one out')
-        if self.chunks > 1 and self.epochs > 1: raise UsageError('chunks split one pass over the data: use epochs 1')
-        if self.loss in REFERENCE_FREE and (self.ref_alpha or self.chunks > 1 or self.wpo):
-            raise UsageError(f'{self.loss} has no reference: leave ref_alpha, chunks and wpo out, or choose a loss that has one')
-        if self.loss == 'orpo' and self.nll: raise UsageError('orpo imitates with weight 1: set beta, the weight of its odds, instead of nll')
+        name, moves = self.loss, self.ref_alpha > 0 or self.chunks > 1
+        names = get_args(DPOConfig.__annotations__['loss'])
+        for wrong, way_out in ((name not in names, f'there is no loss {name!r:.40}: see --help for those there are'),
+            (self.beta < 0, f'beta is {self.beta}: the price of a nat is above 0'),
+            (self.flipped and name not in ('cdpo', 'robust', 'exo'), f'{name} takes no flipped labels: choose cdpo, robust or exo, or leave them out'),
+            (not 0 <= self.flipped < .5, f'flipped is {self.flipped}: give a share of wrong labels from 0 up to, but not including, 0.5'),
+            (not 0 <= self.ref_alpha <= 1, f'ref_alpha is {self.ref_alpha}: give a share between 0 and 1'),
+            (min(self.ref_every, self.chunks) < 1, 'ref_every and chunks are at least 1'),
+            (self.ref_alpha and self.chunks > 1, 'the reference follows by ref_alpha or by chunks, not by both: leave one out'),
+            (self.chunks > 1 and self.epochs > 1, 'chunks split one pass over the data: use epochs 1'),
+            (name in REFERENCE_FREE and moves, f'{name} has no reference that could follow: leave ref_alpha and chunks out'),
+            (name in REFERENCE_FREE and self.wpo, f'{name} does not weigh pairs: leave wpo out'),
+            (name == 'orpo' and self.nll, 'orpo imitates with weight 1: set beta, the weight of its odds, instead of nll')):
+            if wrong: raise UsageError(way_out)
 
-# %% ../nbs/38_prefer.ipynb #835ea07a
+# %% ../nbs/38_prefer.ipynb #28f0f0a4
 def loss_of(config: DPOConfig): # loss(model, pairs)
     "The loss that a config asks for."
     c, beta = config, config.beta or {'simpo': 2., 'sigmoid_norm': 5.}.get(config.loss, .1)
     part, how = functools.partial, dict(beta=beta, nll=c.nll, weigh=on_policy if c.wpo else None)
     margin, sides = part(dpo_loss, **how), lambda loss: part(pair_loss, loss=loss, **how)
     return dict(
-        sigmoid=margin, cdpo=part(margin, loss=part(cdpo, flipped=c.flipped or .1)), robust=part(margin, loss=part(robust, flipped=c.flipped or .1)),
-        hinge=part(margin, loss=hinge), ipo=part(margin, loss=part(ipo, beta=beta)), ipo_mean=part(margin, loss=part(ipo, beta=beta), average=True),
-        exo=part(margin, loss=part(exo, flipped=c.flipped or 1e-3)), nca=sides(nca), bco=sides(bco), sppo_hard=sides(part(sppo_hard, beta=beta)),
-        apo_zero=sides(apo_zero), apo_down=sides(apo_down), discopop=part(margin, loss=discopop), sigmoid_norm=part(margin, average=True),
+        sigmoid=margin, sigmoid_norm=part(margin, average=True), hinge=part(margin, loss=hinge), discopop=part(margin, loss=discopop),
+        cdpo=part(margin, loss=part(cdpo, flipped=c.flipped or .1)), robust=part(margin, loss=part(robust, flipped=c.flipped or .1)),
+        exo=part(margin, loss=part(exo, flipped=c.flipped or 1e-3)),
+        ipo=part(margin, loss=part(ipo, beta=beta)), ipo_mean=part(margin, loss=part(ipo, beta=beta), average=True),
+        nca=sides(nca), bco=sides(bco), sppo_hard=sides(part(sppo_hard, beta=beta)),
+        apo_zero=sides(apo_zero), apo_down=sides(apo_down),
         forward_kl=part(margin, link=forward_kl), js=part(margin, link=js), alpha=part(margin, link=alpha_divergence),
-        cpo=part(cpo_loss, beta=beta, nll=c.nll or 1.), simpo=part(simpo_loss, beta=beta, gamma=c.gamma, nll=c.nll), orpo=part(orpo_loss, odds=beta))[c.loss]
+        cpo=part(cpo_loss, beta=beta, nll=c.nll or 1.), simpo=part(simpo_loss, beta=beta, gamma=c.gamma, nll=c.nll),
+        orpo=part(orpo_loss, odds=beta))[c.loss]
 
-# %% ../nbs/38_prefer.ipynb #80574846
+# %% ../nbs/38_prefer.ipynb #7b75ad68
 def dpo_facts(config: DPOConfig, policy, pairs) -> dict:
     "What stays the same during training, for every pair: the reference's log-probabilities, and the states below the adapters."
     graph, state = nnx.split(drop_lora(policy))
@@ -86,10 +93,11 @@ def dpo_facts(config: DPOConfig, policy, pairs) -> dict:
 def check_start(measured: dict, precision: str):
     "Raises LabError when policy and reference differ before the first update."
     off = abs(measured['lab/delta_chosen']) + abs(measured['lab/delta_rejected'])
-    if off > (1e-3 if precision == 'float32' else .5): raise LabError(f'before the first update the policy is {off:.2g} nats away from its reference, and should be 0: '
-        'policy and reference differ in weights, precision or padding')
+    if off > (1e-3 if precision == 'float32' else .5):
+        raise LabError(f'before the first update the policy is {off:.2g} nats away from its reference, and should be 0: '
+            'they differ in weights, precision or padding')
 
-# %% ../nbs/38_prefer.ipynb #c6011954
+# %% ../nbs/38_prefer.ipynb #af7a898c
 class MovingReference:
     "A reference that goes a share `alpha` of the way to the policy every `every` updates."
     def __init__(self,
@@ -105,7 +113,8 @@ class MovingReference:
         "Be what it was at this update. Raises CheckpointError where that is gone."
         kept = [int(f.name) for f in self.folder.glob('*') if f.name.isdigit() and int(f.name) <= step]
         self.moved = max(kept, default=0)
-        if step > self.moved + self.every: raise CheckpointError(f'{self.folder}: the reference of update {step} is missing; start again in another folder')
+        if step > self.moved + self.every:
+            raise CheckpointError(f'{self.folder}: the reference of update {step} is missing; start again in another folder')
         if self.moved: self.state = load_tree(self.folder/str(self.moved), self.state)
 
     def follow(self, state):
@@ -157,7 +166,7 @@ def converted(
     if not found: raise DataError(f'{source}: no judgement is left: this loss needs {needed}')
     return found
 
-# %% ../nbs/38_prefer.ipynb #0b352ea9
+# %% ../nbs/38_prefer.ipynb #c4769af0
 def train_dpo(config: DPOConfig):
     "Learn from preferences directly; leaves `model/` in the run's folder."
     with Run(config.out, config, config.resume) as run:
@@ -165,8 +174,8 @@ def train_dpo(config: DPOConfig):
         needed = 'two answers to compare: chosen and rejected'
         rows, held = prepare_rows(config, tokenizer, run, lambda rows: converted(rows, as_pairs, needed, config.data))
         pairs, tests = (tokenize_rows(part, tokenizer, config.max_length, config.eos) if part else [] for part in (rows, held))
-        batches, loss = Batches(pairs, config.batch_size, config.seed, config.epochs, extras=dpo_facts(config, policy, pairs)), loss_of(config)
-        ready = lambda state, batch: batch
+        batches = Batches(pairs, config.batch_size, config.seed, config.epochs, extras=dpo_facts(config, policy, pairs))
+        loss, ready = loss_of(config), lambda state, batch: batch
         if config.ref_alpha or config.chunks > 1:
             every = config.ref_every if config.ref_alpha else -(-min(config.steps or len(batches), len(batches))//config.chunks)
             reference = MovingReference(policy, config.ref_alpha or 1., every, run.path/'reference')
@@ -183,7 +192,7 @@ def report_pairs(config: DPOConfig, policy, pairs, loss):
     found = [ask(state, batch) for batch in Batches(pairs, config.batch_size, drop_last=False, extras=dpo_facts(config, policy, pairs))]
     print(f'held-out accuracy of the implicit reward: {float(sum(a for a, _ in found)/sum(b for _, b in found)):.3f}')
 
-# %% ../nbs/38_prefer.ipynb #c3018fbf
+# %% ../nbs/38_prefer.ipynb #5a1ac5cc
 @dataclasses.dataclass
 class KTOConfig(TrainConfig):
     "Settings of Kahneman–Tversky optimisation: learning from thumbs."
@@ -195,9 +204,10 @@ class KTOConfig(TrainConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.accumulate > 1: raise UsageError("kto's baseline is one number per batch: use accumulate 1, and a smaller batch_size to save memory")
+        if self.accumulate > 1:
+            raise UsageError("kto's baseline is one number per batch: use accumulate 1; a smaller batch_size saves memory")
         if self.batch_size < 2: raise UsageError("kto's baseline mixes the rows of a batch: use a batch_size of 2 at least, better 16")
-        if min(self.beta, self.desirable, self.undesirable) < 0 or not self.beta: raise UsageError('beta is above 0, and the weights are not below')
+        if self.beta <= 0 or min(self.desirable, self.undesirable) < 0: raise UsageError('beta is above 0, and the weights are not below')
 
 def thumbs_maker(policy: Transformer): # (batch, labels, which rows are there) → `Thumbs`
     "Gives batches their baseline, under the trunk of `policy`, and the states below its adapters."
@@ -211,7 +221,7 @@ def thumbs_maker(policy: Transformer): # (batch, labels, which rows are there) �
         return thumbs.replace(batch=lower(thumbs.batch), mismatched=lower(thumbs.mismatched))
     return functools.partial(make, state)
 
-# %% ../nbs/38_prefer.ipynb #bc84946f
+# %% ../nbs/38_prefer.ipynb #7b8f5fda
 def train_kto(config: KTOConfig):
     "Learn from thumbs, or from anything that `as_thumbs` understands; leaves `model/` in the run's folder."
     with Run(config.out, config, config.resume) as run:
@@ -221,7 +231,8 @@ def train_kto(config: KTOConfig):
         loss = functools.partial(kto_loss, beta=config.beta, **class_weights(config, [row['label'] for row in rows]))
         make = thumbs_maker(policy)
         def batches_of(rows, **how):
-            labels, batches = np.array([row['label'] for row in rows]), Batches(tokenize_rows(rows, tokenizer, config.max_length, config.eos), config.batch_size, config.seed, **how)
+            examples, labels = tokenize_rows(rows, tokenizer, config.max_length, config.eos), np.array([row['label'] for row in rows])
+            batches = Batches(examples, config.batch_size, config.seed, **how)
             return batches, lambda batch: make(batch, labels[batches.index], np.float32(batches.index >= 0))
         batches, ready = batches_of(rows, epochs=config.epochs)
         state = learn(run, config, policy, batches, loss, lambda state, batch: ready(batch), 'KTO')
@@ -233,7 +244,8 @@ def class_weights(config: KTOConfig, labels: list) -> dict:
     "What liked and disliked answers count."
     up, down = balance(sum(labels), len(labels) - sum(labels))
     found = dict(desirable=config.desirable or up, undesirable=config.undesirable or down)
-    print(f'{sum(labels)} liked with weight {found["desirable"]:.2f}, {len(labels) - sum(labels)} disliked with weight {found["undesirable"]:.2f}')
+    counts = dict(liked=sum(labels), disliked=len(labels) - sum(labels))
+    print(', '.join(f'{n} {name} with weight {weight:.2f}' for (name, n), weight in zip(counts.items(), found.values())))
     return found
 
 def report_thumbs(policy, batches, ready, loss):

@@ -101,7 +101,7 @@ def test_misspelt_settings(fails, place):
     fails(2, 'Did you mean `quickstart`?', 'quikstart')
     fails(2, "'many'", 'dpo', '--steps', 'many')
 
-@pytest.mark.parametrize('words, line', [("'dpo_hinge'", 'dpo --loss dpo_hinge'), ('choose loss cdpo, robust or exo', 'dpo --flipped .1'), ('has no reference', 'dpo --loss simpo --ref-alpha .6'),
+@pytest.mark.parametrize('words, line', [("'dpo_hinge'", 'dpo --loss dpo_hinge'), ('choose cdpo, robust or exo', 'dpo --flipped .1'), ('has no reference', 'dpo --loss simpo --ref-alpha .6'),
     ('not by both', 'dpo --chunks 2 --ref-alpha .6'), ('use epochs 1', 'dpo --chunks 2 --epochs 2'), ('use accumulate 1', 'kto --accumulate 2'), ('batch_size of 2', 'kto --batch-size 1')])
 def test_settings_that_do_not_go_together(fails, words, line): fails(2, words, *line.split())
 
