@@ -6,7 +6,7 @@
 __all__ = ['REFERENCE_FREE', 'DPOConfig', 'loss_of', 'dpo_facts', 'check_start', 'MovingReference', 'learn', 'converted',
            'train_dpo', 'report_pairs', 'KTOConfig', 'thumbs_maker', 'train_kto', 'class_weights', 'report_thumbs']
 
-# %% ../nbs/38_prefer.ipynb #f546af00
+# %% ../nbs/38_prefer.ipynb #4373dcf9
 import dataclasses, functools, shutil, jax, jax.numpy as jnp, numpy as np
 from flax import nnx
 from pathlib import Path
@@ -14,7 +14,8 @@ from typing import Literal, get_args
 from .core import CheckpointError, DataError, LabError, Pairs, UsageError, both
 from .data import Batches, tokenize_rows
 from .dpo import (add_tokens, alpha_divergence, apo_down, apo_zero, balance, bco, cdpo, cpo_loss, discopop, dpo_loss, exo,
-    forward_kl, hinge, ipo, js, kto_loss, nca, on_policy, orpo_loss, pair_loss, reference_logprobs, robust, simpo_loss, sppo_hard, with_mismatches)
+    forward_kl, hinge, ipo, js, kto_loss, nca, on_policy, orpo_loss, pair_loss, reference_logprobs, robust, simpo_loss,
+    sppo_hard, with_mismatches)
 from .judgements import as_pairs, as_thumbs
 from .lora import drop_lora, merge_lora
 from .model import Transformer, score_tokens
@@ -23,7 +24,7 @@ from .runs import Run, load_tree, save_tree
 from .sft import prepare_rows
 from .train import TrainConfig, adamw, init_state, load_role, lower_states, make_step, remember, save_role, train
 
-# %% ../nbs/38_prefer.ipynb #2ca44177
+# %% ../nbs/38_prefer.ipynb #ae8587f3
 REFERENCE_FREE = 'cpo', 'simpo', 'orpo'
 
 @dataclasses.dataclass
@@ -48,7 +49,8 @@ class DPOConfig(TrainConfig):
         names = get_args(DPOConfig.__annotations__['loss'])
         for wrong, way_out in ((name not in names, f'there is no loss {name!r:.40}: see --help for those there are'),
             (self.beta < 0, f'beta is {self.beta}: the price of a nat is above 0'),
-            (self.flipped and name not in ('cdpo', 'robust', 'exo'), f'{name} takes no flipped labels: choose cdpo, robust or exo, or leave them out'),
+            (self.flipped and name not in ('cdpo', 'robust', 'exo'),
+                f'{name} takes no flipped labels: choose cdpo, robust or exo, or leave them out'),
             (not 0 <= self.flipped < .5, f'flipped is {self.flipped}: give a share of wrong labels from 0 up to, but not including, 0.5'),
             (not 0 <= self.ref_alpha <= 1, f'ref_alpha is {self.ref_alpha}: give a share between 0 and 1'),
             (min(self.ref_every, self.chunks) < 1, 'ref_every and chunks are at least 1'),

@@ -4,8 +4,13 @@ from pathlib import Path
 import jax.numpy as jnp, numpy as np, pytest
 from rlhf_lab import dpo
 from rlhf_lab.core import Batch, CheckpointError, Pairs
-from rlhf_lab.prefer import REFERENCE_FREE, DPOConfig, KTOConfig, loss_of, train_dpo, train_kto
+from rlhf_lab.data import tokenize_rows
+from rlhf_lab.judgements import as_pairs, as_thumbs
+from rlhf_lab.prefer import REFERENCE_FREE, DPOConfig, KTOConfig, converted, loss_of, train_dpo, train_kto
 from rlhf_lab.runs import Run
+from rlhf_lab.sft import prepare_rows
+from rlhf_lab.tokens import load_tokenizer
+from rlhf_lab.train import TrainConfig
 
 SMALL = dict(rank=2, top_layers=1, batch_size=4, max_length=64, precision='float32', save_every=2, learning_rate=1e-2)
 PAIRS = [dict(prompt=f'The film {i}', chosen=f' was a joy {i}.', rejected=f' was a bore, a bore {i}.') for i in range(24)]
@@ -62,23 +67,26 @@ def test_thumbs_resume_and_balance(how, tmp_path, monkeypatch, capsys):
     assert whole == half and len(whole) == 6
     assert not any(row['skipped'] for row in whole) and whole[0]['lab/kl_baseline'] == 0
 
-@pytest.mark.parametrize('train, config', [(train_dpo, DPOConfig), (train_kto, KTOConfig)], ids=['dpo', 'kto'])
-@pytest.mark.parametrize('kind', ['ratings', 'votes', 'best', 'ranks', 'verdicts'])
-def test_any_judgements_will_do(how, tmp_path, capsys, train, config, kind):
+@pytest.mark.parametrize('convert', [as_pairs, as_thumbs])
+@pytest.mark.parametrize('kind', ['pairs', 'ratings', 'votes', 'best', 'ranks', 'verdicts'])
+def test_any_judgements_will_do(how, tmp_path, capsys, convert, kind):
     rows, say = [], lambda row, **more: rows.append(dict(prompt=row['prompt'], **more))
     for n, row in enumerate(PAIRS[:8]):
         three = [row['rejected'], row['chosen'], ' was.']
-        if kind in ('ratings', 'votes'):
+        if kind == 'pairs': rows.append(row)
+        elif kind in ('ratings', 'votes'):
             for text, stars in zip(three, (1, 5, 3)): say(row, completion=text, **({'rating': stars} if kind == 'ratings' else {'label': stars > 2}))
         elif kind == 'best': say(row, completions=three, best=1)
         elif kind == 'ranks': say(row, completions=three, ranks=[3, 1, 2])
         else: say(row, first=row['chosen'], second=row['rejected'], verdict=('first', 'first', 'tie', 'both good')[n%4])
-    train(config(out=str(tmp_path/'run'), **dict(how, data=write(tmp_path/'judged.jsonl', rows), steps=1)))
-    said = capsys.readouterr().out
-    expected = dict(ratings=('24 rows', '16 rows, dropped 8 in the middle'), votes=('16 rows, dropped 8 tie', ''), best=('16 rows, dropped 8 tie', ''),
-        ranks=('', '16 rows, dropped 8 in the middle'), verdicts=('4 rows, dropped 4 tie', '12 rows, dropped 2 tie'))[kind][config is KTOConfig]
+    config, tokenizer = TrainConfig(**how | dict(data=write(tmp_path/'judged.jsonl', rows), holdout=0.)), load_tokenizer(how['model'])
+    with Run(tmp_path/'run') as run: kept, held = prepare_rows(config, tokenizer, run, lambda rows: converted(rows, convert, 'judgements', config.data))
+    said, middle, tie = capsys.readouterr().out, '16 rows, dropped 8 in the middle', '16 rows, dropped 8 tie'
+    expected = dict(pairs=('8 rows', '16 rows'), ratings=('24 rows', middle), votes=(tie, '24 rows'), best=(tie, '24 rows'), ranks=('24 rows', middle),
+        verdicts=('4 rows, dropped 4 tie', '12 rows, dropped 2 tie'))[kind][convert is as_thumbs]
+    assert len(kept) == int(expected.split()[0]) and not held and all(('chosen' in row) == (convert is as_pairs) for row in kept)
     assert (f': {expected}' in said) if 'dropped' in expected else 'dropped' not in said
-    assert len(Run(tmp_path/'run').metrics()) == 1
+    assert tokenize_rows(kept, tokenizer, 64)
 
 LN2 = np.log(2)
 START = dict.fromkeys(['sigmoid', 'cdpo', 'robust', 'sigmoid_norm', 'forward_kl', 'js', 'alpha'], LN2) | dict(hinge=1, ipo=25, ipo_mean=25, exo=-LN2 - .5*np.log(1e-3*(1 - 1e-3)),
