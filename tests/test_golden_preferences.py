@@ -221,7 +221,7 @@ def test_many_start_at_ln_2(loss, told):
     z = load('dpo_family')
     mask, logprobs = z['s0/completion_mask'] > 0, right(array(z['s0/policy_per_token_logps']))
     pairs = reference_logprobs(Told(), telling(sides(np.zeros(mask.shape), mask), logprobs), tail=loss.keywords.get('tail', 1.) if isinstance(loss, part) else 1.)
-    (total, (weight, seen)), grad = jax.value_and_grad(lambda x: (lambda a, b, c: (a, (b, c)))(*loss(Told(), telling(pairs, x))), has_aux=True)(logprobs)
+    (total, (weight, seen)), grad = jax.jit(jax.value_and_grad(lambda x: (lambda a, b, c: (a, (b, c)))(*loss(Told(), telling(pairs, x))), has_aux=True))(logprobs)
     close(total/weight, np.log(2), exact/10)
     assert all(seen[name][0] == 0 for name in ('rewards/chosen', 'rewards/rejected', 'rewards/margins', 'lab/delta_chosen', 'lab/delta_rejected'))
     if loss is dpo_loss: close(grad, np.where(mask, np.repeat([-.05, .05], len(mask)//2)[:, None], 0))
