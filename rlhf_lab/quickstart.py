@@ -15,11 +15,11 @@ from typing import Literal, NamedTuple
 import jax, numpy as np
 from .core import DataError
 from .data import clean_rows, tokenize_rows
-from .dpo import DPOConfig, train_dpo
 from .evaluate import Meter, ask, best_of, judge_of, judged, load_roles, samples_markdown, surprise, table_markdown, write_report
 from .generate import completions
 from .model import ModelConfig, Transformer
 from .ppo import PPOConfig, train_ppo
+from .prefer import DPOConfig, train_dpo
 from .reward import RewardConfig, train_reward
 from .runs import Run, write_file
 from .sft import SFTConfig, train_sft

@@ -12,6 +12,7 @@ from pathlib import Path
 from .core import Batch, DataError
 from .data import Batches, clean_rows, load_rows, report, require_good, split_rows, tokenize_rows
 from .model import score_tokens
+from .rows import normalise_rows
 from .runs import Run, write_file
 from .tokens import check_mask
 from .train import TrainConfig, adamw, init_state, load_role, make_step, save_role, train
@@ -36,13 +37,14 @@ def prepare_rows(
     config: TrainConfig,
     tokenizer,
     run: Run, # Gets the report as `data.md`
+    convert = None, # Rows in the normal form → rows of the kind that is needed
 ) -> tuple: # Training rows and held-out rows
     "Load the rows of `config.data`. Raises DataError naming the rows that cannot be used."
     if not config.data: raise DataError('no data set is given: add --data with a hub id, a file or a folder')
     rows = load_rows(config.data)
     require_good(rows, config.data)
     write_file(run.path/'data.md', report(rows, tokenizer))
-    kept, counts = clean_rows(rows, tokenizer, config.max_length)
+    kept, counts = clean_rows(convert(normalise_rows(rows)) if convert else rows, tokenizer, config.max_length)
     dropped = ', '.join(f'{n} {why}' for why, n in counts.items() if n)
     if not kept: raise DataError(f'{config.data}: no row is left after cleaning ({dropped or "it is empty"})')
     print(f'{Path(config.data).name}: {len(kept)} rows' + (f', dropped {dropped}' if dropped else ''))

@@ -75,7 +75,7 @@ def test_broken_rows_and_no_rows(fails, name, words, tmp_path):
 @pytest.mark.parametrize('verb, name, words', [('sft', 'nothing', 'no row is left after cleaning (1 empty)'),
     ('sft', 'long', 'no row is left after cleaning (1 too long)'), ('dpo', 'same', 'no row is left after cleaning (1 identical pair)'),
     ('sft', 'few', '1 examples do not fill a batch of 4: lower batch_size'), ('sft', 'asked', 'add a completion column'),
-    ('dpo', 'single', 'chosen and rejected'), ('reward', 'single', 'chosen and rejected'), ('ppo', 'few', 'raise max_length, or lower'),
+    ('dpo', 'single', 'chosen and rejected'), ('kto', 'single', 'completion and label, or chosen and rejected'), ('reward', 'single', 'chosen and rejected'), ('ppo', 'few', 'raise max_length, or lower'),
     ('dpo', 'empty', 'there are no rows'), ('reward', 'empty', 'there are no rows'), ('reward', 'number', 'number.jsonl:2')])
 def test_rows_that_do_not_serve(fails, verb, name, words, tmp_path, monkeypatch):
     monkeypatch.setattr('rlhf_lab.ppo.load_reward', lambda *_: None)
@@ -100,6 +100,10 @@ def test_misspelt_settings(fails, place):
     fails(2, '(c.yaml:2). Did you mean `sft.learning_rate`?', 'sft', '--config', 'c.yaml')
     fails(2, 'Did you mean `quickstart`?', 'quikstart')
     fails(2, "'many'", 'dpo', '--steps', 'many')
+
+@pytest.mark.parametrize('words, line', [("'dpo_hinge'", 'dpo --loss dpo_hinge'), ('choose cdpo, robust or exo', 'dpo --flipped .1'), ('has no reference', 'dpo --loss simpo --ref-alpha .6'),
+    ('not by both', 'dpo --chunks 2 --ref-alpha .6'), ('use epochs 1', 'dpo --chunks 2 --epochs 2'), ('use accumulate 1', 'kto --accumulate 2'), ('batch_size of 2', 'kto --batch-size 1')])
+def test_settings_that_do_not_go_together(fails, words, line): fails(2, words, *line.split())
 
 # ── runs ──
 

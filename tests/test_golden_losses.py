@@ -5,14 +5,13 @@ from types import SimpleNamespace
 import jax, jax.numpy as jnp, numpy as np, optax, pytest
 from flax import nnx
 from rlhf_lab.core import Batch, LabError, Pairs, Rollout, masked_mean, whiten
-from rlhf_lab.dpo import cdpo, dpo_loss, reference_logprobs
 from rlhf_lab.generate import generate
 from rlhf_lab.lora import LoRA, add_head, add_lora, merge_lora
 from rlhf_lab.model import Linear, score_tokens
 from rlhf_lab.ppo import (ActorCritic, AdaptiveKL, PPOConfig, add_advantages, appraise, check_ratio, check_start, clipped_surrogate,
     clipped_value_loss, describe, ended, gae, last_slot, ppo_loss, practise, shaped_rewards)
 from rlhf_lab.reward import bradley_terry, last_token, reward_loss
-from rlhf_lab.train import fit, init_state, make_step
+from rlhf_lab.train import init_state
 from rlhf_lab.weights import config_from_hf, fill
 
 golden = Path(__file__).parent/'golden'
@@ -60,85 +59,10 @@ def test_all_of_this_in_float64():
         env=dict(os.environ, JAX_ENABLE_X64='1', JAX_PLATFORMS='cpu'), cwd=golden.parent.parent, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-4000:]
 
-# ── DPO ──
-
-@each('dpo_family')
-@pytest.mark.parametrize('name, beta', [('sigmoid', .1), ('sigmoid_b05', .5)])
-def test_dpo_from_logprobs(seed, name, beta):
-    z = load('dpo_family')
-    logps, ref, mask = array(z[f'{seed}/policy_per_token_logps']), array(z[f'{seed}/ref_per_token_logps']), z[f'{seed}/completion_mask'][:, 1:]
-    @jax.jit
-    @jax.value_and_grad
-    def loss(logps):
-        chosen, rejected = jnp.split(((logps - ref)*mask).sum(1), 2)
-        return bradley_terry(beta*(chosen - rejected)).mean()
-    value, grad = loss(logps)
-    close(value, z[f'{seed}/{name}/loss'])
-    close(grad, z[f'{seed}/{name}/grad_policy_per_token_logps'])
-
-@functools.partial(jax.jit, static_argnames='loss')
-def ask_pairs(policy, reference, pairs, loss):
-    "Pairs with their reference, the loss of each, and the slope and the metrics of their sum."
-    pairs = reference_logprobs(Saying(reference), pairs)
-    weighed = lambda logits, weight: (lambda total, _, seen: (total, seen))(*dpo_loss(Saying(logits), pairs.replace(weight=weight), .1, loss))
-    losses = jax.lax.map(lambda weight: weighed(policy, weight)[0], jnp.eye(len(pairs.ref_chosen)))
-    return pairs, losses, jax.grad(weighed, has_aux=True)(policy, jnp.ones(len(losses)))
-
-@each('dpo_peers_from_logits')
-@pytest.mark.parametrize('loss, names', [(bradley_terry, ['mitchell/dpo_b0.1', 'halos/DPOTrainer']),
-    (functools.partial(cdpo, flipped=.2), ['mitchell/cdpo_b0.1_ls0.2', 'halos/CDPOTrainer'])], ids=['dpo', 'cdpo'])
-def test_dpo_from_logits(seed, loss, names):
-    "Through `dpo_loss` itself: alignment, mask, sums, margins and gradients."
-    z = load('dpo_peers_from_logits')
-    pairs = sides(z[f'{seed}/input_ids'], z[f'{seed}/completion_mask'])
-    policy, reference = (array(z[f'{seed}/{who}_logits']) for who in ('policy', 'ref'))
-    pairs, losses, (grad, seen) = ask_pairs(policy, reference, pairs, loss)
-    close(jnp.concatenate([pairs.ref_chosen, pairs.ref_rejected]), z[f'{seed}/ref_sum_logps'])
-    close(jnp.stack([seen['logps/chosen'][0], seen['logps/rejected'][0]]), z[f'{seed}/policy_sum_logps'].reshape(2, -1).sum(1))
-    for name in names: close(losses, z[f'{seed}/{name}/losses'])
-    if (key := f'{seed}/{names[0]}/grad_policy_logits_of_mean') in z: close(grad/len(losses), z[key])
-
-@pytest.mark.parametrize('loss', [bradley_terry, cdpo, functools.partial(cdpo, flipped=.4)], ids=['dpo', 'cdpo', 'cdpo .4'])
-def test_dpo_starts_at_ln_2_and_pulls_evenly(loss):
-    "And no gradient reaches the prompt, the padding or the reference."
-    z = load('dpo_peers_from_logits')
-    pairs, logits = sides(z['s0/input_ids'], z['s0/completion_mask']), array(z['s0/policy_logits'])
-    pairs, losses, (grad, seen) = ask_pairs(logits, logits, pairs, loss)
-    close(losses, np.full(len(losses), np.log(2)), exact/10)
-    assert all(seen[f'rewards/{name}'][0] == 0 for name in ('chosen', 'rejected', 'margins'))
-    if loss is bradley_terry:
-        N, slope = len(pairs.ref_chosen), jax.grad(lambda chosen, rejected: bradley_terry(.1*(chosen - rejected)).mean(), (0, 1))
-        for found, sign in zip(slope(pairs.ref_chosen, pairs.ref_chosen), (-1, 1)): close(found, np.full(N, sign*.1/2/N))
-    used = np.pad(z['s0/completion_mask'][:, 1:] > 0, ((0, 0), (0, 1)))
-    assert (np.asarray(grad)[~used] == 0).all() and (np.abs(grad).sum(-1)[used] > 0).all()
-
-# ── whole trainings ──
-
 @functools.cache
 def tiny():
     z, config = load('tiny_lm'), json.loads((golden/'tiny_lm.gpt2.config.json').read_text())
     return fill(config_from_hf(config), lambda name: z[f'gpt2/weights/{name}'], kind)
-
-@functools.cache
-def optimizer_and_step(name):
-    optimizer = dict(sgd=optax.sgd(.05), adam=optax.adam(1e-3))[name]
-    return optimizer, make_step(dpo_loss, optimizer)
-
-@each('dpo_trajectory')
-@pytest.mark.parametrize('name', ['sigmoid_sgd', 'sigmoid_adam'])
-def test_fifteen_updates_of_dpo(seed, name):
-    "Model, loss, step and loop together follow TRL and transformers, more padding or less; Adam amplifies round-off."
-    z, (optimizer, step) = load('dpo_trajectory'), optimizer_and_step(name.removeprefix('sigmoid_'))
-    tokens, mask = (np.pad(z[f'{seed}/{key}'], ((0, 0), (0, 16 - z[f'{seed}/{key}'].shape[1]))) for key in ('input_ids', 'completion_mask'))
-    pairs = ask(reference_logprobs, tiny(), sides(tokens, mask))
-    expected, names = z[f'{seed}/{name}/trace'], ['loss', *(f'rewards/{x}' for x in ('chosen', 'rejected', 'margins', 'accuracies')), 'logps/chosen', 'logps/rejected']
-    rows = []
-    for state, seen in fit(init_state(tiny(), optimizer), step, [pairs]*len(expected)): rows.append([seen[n] for n in names])
-    keep = [i for i, n in enumerate(names) if n != 'rewards/accuracies']
-    tolerance = exact if double else 1e-4
-    close(np.array(rows)[:, keep], expected[:, keep], tolerance)
-    close(np.array(rows)[1:, 4], expected[1:, 4], 1e-6)
-    close(state.model.embed[...], z[f'{seed}/{name}/final_wte'], tolerance)
 
 # ── rewards ──
 
