@@ -6,10 +6,10 @@
 __all__ = ['PENDULUM', 'TASKS', 'Categorical', 'Diagonal', 'Full', 'tanh_correction', 'Net', 'Agent', 'categorical', 'diagonal',
            'full', 'Environment', 'load_environment', 'Transition', 'begin', 'collect', 'ControlConfig',
            'add_advantages', 'control_loss', 'improve', 'learner', 'train_control', 'learning_curve', 'hands',
-           'control_report']
+           'control_report', 'task_curves', 'draw_curves']
 
-# %% ../nbs/39_control.ipynb #f69b74dc
-import dataclasses, functools, jax, jax.numpy as jnp, numpy as np
+# %% ../nbs/39_control.ipynb #70747235
+import dataclasses, functools, time, jax, jax.numpy as jnp, numpy as np
 from flax import nnx
 from pathlib import Path
 from typing import Callable, NamedTuple
@@ -80,17 +80,18 @@ def tanh_correction(u: Float[Array, '... A']) -> Float[Array, '...']: # To be su
     "Log of the slope of tanh at `u`, summed over coordinates: log π(tanh u) = log π(u) − this."
     return (2*(np.log(2) - u - jax.nn.softplus(-2*u))).sum(-1)
 
-# %% ../nbs/39_control.ipynb #71641d77
+# %% ../nbs/39_control.ipynb #67a6ce24
 class Net(nnx.Module):
     "Two layers of 64 tanh units and a linear one."
-    def __init__(self, inputs: int, outputs: int, std: float, *, key: Array): # `std`: length of the last layer's columns
-        sizes, gains = (inputs, 64, 64, outputs), (2**.5, 2**.5, std)
-        self.layers = nnx.List([nnx.Linear(*shape, kernel_init=nnx.initializers.orthogonal(gain), rngs=nnx.Rngs(k))
-            for shape, gain, k in zip(zip(sizes, sizes[1:]), gains, jax.random.split(key, 3))])
+    def __init__(self, inputs: int, outputs: int, length: float, *, key: Array): # `length`: of the last layer's columns; inputs and outputs up to 64
+        turns = jax.vmap(lambda k: nnx.initializers.orthogonal()(k, (64, 64)))(jax.random.split(key, 3))
+        weights = 2**.5*turns[0, :inputs], 2**.5*turns[1], length*turns[2, :, :outputs] # a part of a random rotation is orthogonal, too
+        self.weights, self.biases = nnx.List(map(nnx.Param, weights)), nnx.List([nnx.Param(jnp.zeros(w.shape[1])) for w in weights])
 
     def __call__(self, x: Float[Array, '... I']) -> Float[Array, '... O']:
-        for layer in self.layers[:-1]: x = jnp.tanh(layer(x))
-        return self.layers[-1](x)
+        *hidden, last = zip(self.weights, self.biases)
+        for weight, bias in hidden: x = jnp.tanh(x @ weight[...] + bias[...])
+        return x @ last[0][...] + last[1][...]
 
 class Agent(nnx.Module):
     "A policy and a critic."
@@ -116,7 +117,7 @@ def diagonal(outputs, spread) -> Diagonal: return Diagonal(outputs, jnp.diagonal
 
 def full(outputs, spread) -> Full: return Full(outputs, jnp.tril(spread, -1) + jnp.diag(jnp.exp(jnp.diagonal(spread))))
 
-# %% ../nbs/39_control.ipynb #c26141bc
+# %% ../nbs/39_control.ipynb #a4536a5e
 class Environment(NamedTuple):
     "A task for a player, as two functions."
     reset: Callable # key → (observation [I], state)
@@ -125,16 +126,18 @@ class Environment(NamedTuple):
     outputs: int # Moves to choose from, or forces to name
 
 def load_environment(name: str) -> Environment: # 'CartPole-v1', 'Pendulum-v1', …
-    "An environment of gymnax. Raises UsageError when it has none of that name, or is not installed."
+    "An environment of gymnax. Raises UsageError when it has none of that name, shows pictures, or is not installed."
     try: import gymnax
     except ImportError: raise UsageError('the environments of control come from gymnax, which is not installed: pip install gymnax') from None
     if name not in gymnax.registered_envs: raise UsageError(f'gymnax has no environment {name!r}: it has {", ".join(gymnax.registered_envs)}')
     env, params = gymnax.make(name)
+    shape = env.observation_space(params).shape
+    if len(shape) != 1 or shape[0] > 64: raise UsageError(f'{name} shows an array of shape {tuple(shape)}, and players see at most 64 numbers in a row: choose another one')
     def step(key, state, action):
         obs, state, reward, over, _ = env.step_env(key, state, action, params)
         cut = state.time >= params.max_steps_in_episode
         return obs, state, reward, over & ~cut, cut
-    return Environment(lambda key: env.reset_env(key, params), step, int(np.prod(env.observation_space(params).shape)), env.num_actions)
+    return Environment(lambda key: env.reset_env(key, params), step, shape[0], env.num_actions)
 
 # %% ../nbs/39_control.ipynb #b65a5473
 class Transition(NamedTuple):
@@ -293,7 +296,7 @@ def hands(environment: Environment, number: int) -> Environment:
     "The same task, its one force the sum of several."
     return environment._replace(outputs=number, step=lambda key, state, action: environment.step(key, state, action.sum(-1, keepdims=True)))
 
-# %% ../nbs/39_control.ipynb #af488604
+# %% ../nbs/39_control.ipynb #ac92b53e
 TASKS = {'CartPole': (ControlConfig(), categorical), 'Pendulum, diagonal': (PENDULUM, diagonal), 'Pendulum, full covariance': (PENDULUM, full)}
 
 def control_report(
@@ -302,17 +305,24 @@ def control_report(
     seeds: int = 3,
 ) -> dict: # Name → the best mean score of 100 episodes that each seed reached
     "Train on all tasks, print what was reached and draw it."
-    import time
+    curves = {name: task_curves(name, *task, seeds) for name, task in tasks.items()}
+    draw_curves(curves, folder)
+    return {name: [float(mean.max()) for _, mean in found] for name, found in curves.items()}
+
+def task_curves(name: str, config: ControlConfig, policy: Callable, seeds: int = 3) -> list: # A learning curve for each seed
+    "Train on one task and print what was reached."
+    start = time.time()
+    curves = [learning_curve(scores) for scores in np.asarray(train_control(config, policy, seeds)[1]['scores'])]
+    best, last = (', '.join(f'{f(mean):.0f}' for _, mean in curves) for f in (np.max, lambda mean: mean[-1]))
+    print(f'{name}: best mean of 100 episodes {best}; last {last}; {config.steps} steps, {time.time() - start:.0f} s', flush=True)
+    return curves
+
+def draw_curves(curves: dict, folder): # Name → learning curves
+    "One picture for each task, one line for each seed: `curves.png`."
     from matplotlib.figure import Figure
-    fig, best = Figure(figsize=(3*len(tasks), 2.4), layout='constrained'), {}
-    for ax, (name, (config, policy)) in zip(fig.subplots(1, len(tasks), squeeze=False)[0], tasks.items()):
-        start = time.time()
-        curves = [learning_curve(scores) for scores in np.asarray(train_control(config, policy, seeds)[1]['scores'])]
-        best[name] = [float(mean.max()) for _, mean in curves]
-        print(f'{name}: best mean of 100 episodes {", ".join(f"{b:.0f}" for b in best[name])}; last {", ".join(f"{mean[-1]:.0f}" for _, mean in curves)}'
-            f'; {config.steps} steps, {time.time() - start:.0f} s')
-        for curve in curves: ax.plot(*curve, linewidth=1)
-        ax.set(title=name, xlabel='steps'); ax.set_ylabel('mean score of 100 episodes')
+    fig = Figure(figsize=(3*len(curves), 2.4), layout='constrained')
+    for ax, (name, found) in zip(fig.subplots(1, len(curves), squeeze=False)[0], curves.items()):
+        for curve in found: ax.plot(*curve, linewidth=1)
+        ax.set(title=name, xlabel='steps', ylabel='mean score of 100 episodes')
     Path(folder).mkdir(parents=True, exist_ok=True)
     fig.savefig(Path(folder)/'curves.png', dpi=80)
-    return best
