@@ -26,6 +26,13 @@ def close(found, expected, tolerance=exact):
     assert np.shape(found) == np.shape(expected)
     assert np.abs(np.asarray(found) - expected).max() <= tolerance*max(1, np.abs(expected).max())
 
+@pytest.fixture(autouse=True, scope='module')
+def compile_quickly():
+    "There is more to compile than to compute."
+    jax.config.update('jax_disable_most_optimizations', True)
+    yield
+    jax.config.update('jax_disable_most_optimizations', False)
+
 @pytest.mark.skipif(double, reason='this is the float64 run')
 def test_all_of_this_in_float64():
     "The same tests, to 1e-10."
@@ -35,7 +42,7 @@ def test_all_of_this_in_float64():
 
 # ── advantages ──
 
-compiled_gae = jax.jit(gae)
+compiled_gae, compiled_whiten = jax.jit(gae), jax.jit(whiten, static_argnames='ddof')
 
 @each('cleanrl')
 def test_advantages_over_the_ends_of_episodes(z):
@@ -56,9 +63,9 @@ def test_advantages_over_holes(z):
                                      ('mask', 'halos_adv_norm', 'halos_returns', 0)):
         real = z[mask].astype(bool)
         assert not real.all()
-        advantages, found = compiled_gae(z['rewards'], z['values'], real, .99, .95)
+        advantages, found = map(np.asarray, compiled_gae(z['rewards'], z['values'], real, .99, .95))
         close(found[real], z[returns][real])
-        close(whiten(advantages, real, ddof=ddof)[real], z[adv][real], max(exact, 1e-8))
+        close(np.asarray(compiled_whiten(advantages, real, ddof=ddof))[real], z[adv][real], max(exact, 1e-8))
         assert not found[~real].any() and not advantages[~real].any()
 
 # ── the loss ──
@@ -92,35 +99,38 @@ def test_control_loss(z):
                                  ('policy/clipfrac_avg', 'clipfrac', max(exact, 1e-6))):
         close(measured[name], z[key], tolerance)
     assert measured['policy/clipfrac_avg'] > 0
-    close(whiten(adv, np.ones(adv.shape, bool), ddof=1), steps.advantage, 1e-6) # its 1e-8 is beside the variance, not the deviation
+    close(compiled_whiten(adv, np.ones(adv.shape, bool), ddof=1), steps.advantage, 1e-6) # its 1e-8 is beside the variance, not the deviation
 
 def kindly(x): return np.asarray(x, kind)
 
 # ── normal policies ──
 
+@jax.jit
+def describe(one, two, x): return one.logprob(x), one.entropy(), one.kl(two)
+
 @each('gauss')
 def test_diagonal(z):
-    one, two = Diagonal(z['mean'], z['log_std']), Diagonal(z['mean2'], z['log_std2'])
-    close(one.logprob(z['x']), z['diag_logp'])
-    close(one.entropy(), np.broadcast_to(z['diag_entropy'], len(z['x'])))
-    close(one.kl(two), z['diag_kl_1_2'])
-    close(one.logprob(z['x']) - tanh_correction(z['x']), z['tanh_diag_logp'])
+    logprob, entropy, kl = describe(Diagonal(z['mean'], z['log_std']), Diagonal(z['mean2'], z['log_std2']), z['x'])
+    close(logprob, z['diag_logp'])
+    close(entropy, np.broadcast_to(z['diag_entropy'], len(z['x'])))
+    close(kl, z['diag_kl_1_2'])
+    close(logprob - jax.jit(tanh_correction)(z['x']), z['tanh_diag_logp'])
 
 @each('gauss')
 def test_full(z):
-    one, two = Full(z['mean'], z['scale_tril']), Full(z['mean2'], kindly(1.1)*z['scale_tril'])
-    close(one.logprob(z['x']), z['mvn_logp'])
-    close(one.entropy(), np.broadcast_to(z['mvn_entropy'], len(z['x'])))
-    close(one.kl(two), z['mvn_kl_to_scaled_1p1'])
+    logprob, entropy, kl = describe(Full(z['mean'], z['scale_tril']), Full(z['mean2'], kindly(1.1)*z['scale_tril']), z['x'])
+    close(logprob, z['mvn_logp'])
+    close(entropy, np.broadcast_to(z['mvn_entropy'], len(z['x'])))
+    close(kl, z['mvn_kl_to_scaled_1p1'])
     raw = np.tril(z['scale_tril'], -1) + np.diag(np.log(np.diag(z['scale_tril']))) + np.triu(np.ones((3, 3), kind), 1) # above the diagonal: ignored
-    close(full(z['mean'], raw).scale_tril, z['scale_tril'])
+    close(jax.jit(full)(z['mean'], raw).scale_tril, z['scale_tril'])
 
 @each('gauss')
 def test_categorical_is_a_softmax(z):
     "In numbers that torch would give: here against the definition, in float64."
     logits, other, action = z['x'], z['mean2'], np.arange(len(z['x'])) % 3
     p, q = (np.exp(np.float64(x))/np.exp(np.float64(x)).sum(-1, keepdims=True) for x in (logits, other))
-    one = Categorical(logits)
-    close(one.logprob(action), np.log(p[np.arange(len(p)), action]))
-    close(one.entropy(), -(p*np.log(p)).sum(-1))
-    close(one.kl(Categorical(other)), (p*np.log(p/q)).sum(-1))
+    logprob, entropy, kl = describe(Categorical(logits), Categorical(other), action)
+    close(logprob, np.log(p[np.arange(len(p)), action]))
+    close(entropy, -(p*np.log(p)).sum(-1))
+    close(kl, (p*np.log(p/q)).sum(-1))
