@@ -44,15 +44,18 @@ def gae(
     mask: Bool[Array, 'B T'], # Holes inside are stepped over
     gamma: float = 1.,
     lam: float = .95,
+    done: Bool[Array, 'B T'] = None, # An episode ends with token t: nothing flows back across; None: only rows end
+    value_after: Float[Array, 'B'] = None, # The critic's guess after the last slot; None: nothing is earned there
 ) -> tuple: # Advantages and returns [B T], 0 off the mask
     "Generalised advantage estimation."
     def back(carry, slot):
         ahead, value_ahead = carry
-        reward, value, real = slot
-        here = reward + gamma*value_ahead - value + gamma*lam*ahead
+        reward, value, real, worth = slot # what a unit of the next slot is worth here
+        here = reward + worth*value_ahead - value + worth*lam*ahead
         return (jnp.where(real, here, ahead), jnp.where(real, value, value_ahead)), here
-    zeros = jnp.zeros(rewards.shape[0], values.dtype)
-    _, found = jax.lax.scan(back, (zeros, zeros), (rewards.T, values.T, mask.T), reverse=True)
+    zeros, worth = jnp.zeros(rewards.shape[0], values.dtype), jnp.full(mask.shape, gamma, values.dtype)
+    worth, value_after = worth if done is None else worth*~done, zeros if value_after is None else value_after
+    _, found = jax.lax.scan(back, (zeros, value_after), (rewards.T, values.T, mask.T, worth.T), reverse=True)
     advantages = jnp.where(mask, found.T, 0)
     return advantages, jnp.where(mask, advantages + values, 0)
 
