@@ -189,11 +189,10 @@ def gradient_norms(terms: dict, temperature: float): # (state, batch) → {name:
         mean = lambda params: (lambda value, count, _: value/jnp.maximum(count, 1))(*online_loss(state.replace(params=params).model, batch,
             functools.partial(hybrid_loss, terms={name: terms[name]}), temperature))
         return jnp.concatenate([x.ravel() for x in jax.tree.leaves(jax.grad(mean)(params))])
-    @jax.jit
     def look(state, batch):
         slopes = [slope(state.params, state, batch, name) for name in terms]
         norms = [jnp.linalg.norm(s) for s in slopes]
         cosine = slopes[0] @ slopes[1]/jnp.maximum(norms[0]*norms[1], 1e-12)
         return {f'grad_norm/{name}': n for name, n in zip(terms, norms)} | {'grad_norm/cosine': cosine}
-    return lambda state, batch: {name: float(x) for name, x in look(state, batch).items()}
+    return jax.jit(look)
 

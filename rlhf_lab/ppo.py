@@ -324,7 +324,7 @@ def practise(
         measured = {name: float(value) for name, value in measured.items()}
         state, far = within_budget(state, kl, measured['objective/kl'], config)
         if not far:
-            if watch: measured |= watch(state, jax.tree.map(lambda x: x[:len(x)//config.minibatches], batch))
+            if watch: measured |= {name: float(x) for name, x in watch(state, jax.tree.map(lambda x: x[:len(x)//config.minibatches], batch)).items()}
             learned, state = update(state, step, batch, config, rng, number, group)
             measured |= learned
         kl.update(measured['objective/kl'], len(rollout.tokens))

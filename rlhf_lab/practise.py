@@ -119,8 +119,9 @@ def run_rollouts(
             if int(state.step)%config.save_every == 0: run.save(int(state.step), kept(state, kl))
             if far and ends: break
         run.save(int(state.step), kept(state, kl))
-        save_role(state.model.policy, tokenizer, run.path)
-    return state.model.policy
+        policy = (state if kl.good is None else state.replace(params=kl.good[0])).model.policy # with a way back: what was seen within the budget
+        save_role(policy, tokenizer, run.path)
+    return policy
 
 
 # %% ../nbs/37_practise.ipynb #c7aa127a
