@@ -104,7 +104,7 @@ def test_before_the_first_update_the_ratio_is_one_and_the_loss_zero():
 
 # ── a run that was cut off (R7) ──
 
-WAYS = {'PPO': (train_ppo, PPOConfig(kl_target=.001, kl_horizon=64, kl_budget=.02, over_budget='rollback', epochs=2)),
+WAYS = {'PPO': (train_ppo, PPOConfig(kl_target=.001, kl_horizon=64, kl_budget=1e-6, over_budget='rollback', epochs=2)),
     'hybrid': (train_online, OnlineConfig(method='hybrid', group=4, kl_target=.001, kl_horizon=64))}
 
 @pytest.mark.parametrize('way', WAYS)
@@ -127,7 +127,7 @@ def test_a_run_cut_off_anywhere_ends_where_an_undisturbed_one_ends(way, toy, tmp
     rows, resumed = (Run(tmp_path/name).metrics() for name in ('whole', 'half'))
     assert [row['step'] for row in rows] == [1, 2, 3, 4, 5] and len({row['lab/kl_coef'] for row in rows}) > 1
     assert rows == resumed
-    if way == 'PPO': assert any(row['lab/over_budget'] for row in rows[:3]) and any(not row['lab/over_budget'] for row in rows[1:])
+    if way == 'PPO': assert [row['lab/over_budget'] for row in rows] == [0, 1, 0, 1, 0] # back to the start, where the distance is 0, each second time
     for a, b in zip(*(jax.tree.leaves(nnx.state(merge_lora(p))) for p in (whole, again))): np.testing.assert_array_equal(a, b)
 
 # ── names (R9) ──
