@@ -18,7 +18,8 @@ from .data import clean_rows, tokenize_rows
 from .evaluate import Meter, ask, best_of, judge_of, judged, load_roles, samples_markdown, surprise, table_markdown, write_report
 from .generate import completions
 from .model import ModelConfig, Transformer
-from .ppo import PPOConfig, train_ppo
+from .ppo import PPOConfig
+from .practise import train_ppo
 from .prefer import DPOConfig, train_dpo
 from .reward import RewardConfig, train_reward
 from .runs import Run, write_file

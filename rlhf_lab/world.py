@@ -62,10 +62,10 @@ class World:
         chance = jnp.exp(logprobs)
         return float((chance*self.rewards).sum()), float((chance*(logprobs - self.ref)).sum())
 
-    def write(self, model, prompts, *, key: Array, **_) -> Rollout:
+    def write(self, model, prompts, *, key: Array, n: int = 1, **_) -> Rollout:
         "Sample sentences: `generate` for a table."
         words = self.score(*nnx.split(model))
-        chosen = jax.random.categorical(key, words.sum(1), shape=(len(prompts),))
+        chosen = jax.random.categorical(key, words.sum(1), shape=(n*len(prompts),))
         return Rollout(self.batch.tokens[chosen], self.batch.mask[chosen], logprobs=words[chosen])
 
 # %% ../nbs/29_world.ipynb #0ab9dce9

@@ -78,7 +78,7 @@ def test_broken_rows_and_no_rows(fails, name, words, tmp_path):
     ('dpo', 'single', 'chosen and rejected'), ('kto', 'single', 'completion and label, or chosen and rejected'), ('reward', 'single', 'chosen and rejected'), ('ppo', 'few', 'raise max_length, or lower'),
     ('dpo', 'empty', 'there are no rows'), ('reward', 'empty', 'there are no rows'), ('reward', 'number', 'number.jsonl:2')])
 def test_rows_that_do_not_serve(fails, verb, name, words, tmp_path, monkeypatch):
-    monkeypatch.setattr('rlhf_lab.ppo.load_reward', lambda *_: None)
+    monkeypatch.setattr('rlhf_lab.practise.load_reward', lambda *_: None)
     fails(3, words, verb, '--model', 'toy', '--data', f'{name}.jsonl', '--out', tmp_path, *SMALL)
 
 def test_no_data_and_no_parquet(fails, tmp_path):
