@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Literal
 from .core import Array, DataError, LabError, State, UsageError
 from .data import load_rows, prompt_texts, require_good
+from .doctor import PPO_SIGNS, watched
 from .lora import add_head, add_lora, drop_lora
 from .model import Transformer
 from .online import (add_group_advantages, bnpo, cispo, contest, dapo, dr_grpo, duel_loss, gradient_norms, grpo, grpo_advantages, grpo_loss, hybrid_loss,
@@ -20,7 +21,7 @@ from .ppo import ActorCritic, AdaptiveKL, PPOConfig, clipped_surrogate, practise
 from .reward import load_judge, model_reward
 from .runs import Run, progress
 from .tokens import encode_prompt, text_ids
-from .train import adamw, init_state, load_role, save_role, tf_adam
+from .train import adamw, init_state, load_role, save_role, snapshot, tf_adam
 
 
 # %% ../nbs/37_practise.ipynb #f68d9e84
@@ -111,8 +112,10 @@ def run_rollouts(
         if config.resume: state = resume(run, state, kl)
         rollouts = practise(state, reference, prompts, reward, optimizer, config, stop, kl, prepare=prepare, loss=loss, group=group, watch=watch)
         left = range(config.steps - int(state.step))
-        for state, measured, _ in progress(((s, m, r) for _, (s, m, r) in zip(left, rollouts)), len(left), label, run):
+        seen = watched((update for _, update in zip(left, rollouts)), run, PPO_SIGNS)
+        for state, measured, _ in progress(seen, len(left), label, run):
             run.log(int(state.step), measured)
+            snapshot(state.model.policy, run.path, int(state.step), config.snapshot_every)
             far, ends = measured['lab/over_budget'], config.over_budget == 'stop'
             if far: print(f'{label}: {"stopped after" if ends else "went back in"} rollout {int(state.step)}: {measured["objective/kl"]:.1f} nats '
                 f'from the reference exceed the budget of {config.kl_budget:g}')
@@ -120,6 +123,7 @@ def run_rollouts(
             if far and ends: break
         run.save(int(state.step), kept(state, kl))
         policy = (state if kl.good is None else state.replace(params=kl.good[0])).model.policy # with a way back: what was seen within the budget
+        snapshot(policy, run.path, int(state.step), config.snapshot_every, True)
         save_role(policy, tokenizer, run.path)
     return policy
 
