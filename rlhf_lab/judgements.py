@@ -154,7 +154,7 @@ def thumbs_of_ratings(
     return [dict(rest(row, 'rating', 'completion'), prompt=row['prompt'], completion=row['completion'], label=row['rating'] > middle)
             for row in good if row['rating'] != middle], counts
 
-# %% ../nbs/13_judgements.ipynb #122f262c
+# %% ../nbs/13_judgements.ipynb #99c4b755
 KINDS = {('chosen', 'rejected'): ranked_pairs, ('completions', 'best'): ranked_best, ('completions',): ranked_rankings,
     ('first', 'second', 'verdict'): ranked_verdicts, ('completion', 'rating'): ranked_ratings, ('completion', 'label'): ranked_thumbs}
 
@@ -170,6 +170,8 @@ def as_rankings(rows) -> tuple[list, Counter]:
 
 def as_pairs(rows) -> tuple[list, Counter]:
     "Any judgements as pairs."
+    kind, counts = kind_of(rows), Counter()
+    if kind == ('chosen', 'rejected'): return usable(rows, ('prompt', *kind), counts), counts
     rankings, first = as_rankings(rows)
     pairs, then = pairs_of(rankings)
     return pairs, first + then

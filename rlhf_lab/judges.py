@@ -103,7 +103,7 @@ def loss_of_lists(config: JudgesConfig, extras: dict): # (model, lists) → (sum
     steps = jnp.array(level_steps(np.concatenate(extras['marks']).astype(int)))
     return lambda model, lists: rating_loss(model, lists, pool, lambda reward, level: ordinal(reward, level.astype(int), steps))
 
-# %% ../nbs/45_judges.ipynb #9aae45d3
+# %% ../nbs/45_judges.ipynb #2891a1d6
 def margins_of(judge: Transformer, pool, pairs: list, batch_size: int) -> np.ndarray: # [N] in the order of the pairs
     "The judge's margin on each pair."
     graph, state = nnx.split(judge)
@@ -115,7 +115,7 @@ def taught_by(teacher: Transformer, pool): # As `read_pairs`
     def read(config, rows, tokenizer):
         pairs, extras, tests = read_pairs(config, rows, tokenizer)
         margins = margins_of(teacher, pool, pairs, config.batch_size)
-        return pairs, dict(extras, chance=1/(1 + np.exp(-margins/config.temperature))), tests
+        return pairs, dict(extras, chance=np.exp(-np.logaddexp(0, -margins/config.temperature))), tests
     return read
 
 def distil(config: RewardConfig, teacher) -> tuple: # The student, and its margins on held-out pairs

@@ -10,7 +10,7 @@ __all__ = ['POOLS', 'last_token', 'mean_token', 'score', 'reward_loss', 'first_l
            'judge_reward']
 
 # %% ../nbs/32_reward.ipynb #bd3f4318
-import dataclasses, functools, json, jax, jax.numpy as jnp, numpy as np
+import dataclasses, functools, itertools, json, jax, jax.numpy as jnp, numpy as np
 from flax import nnx
 from pathlib import Path
 from typing import Literal
@@ -104,7 +104,7 @@ def calibration(
     found = dict(accuracy, pairs=len(margins), temperature=T)
     label = np.repeat([1., 0.], len(test))
     for name, scale in (('raw', 1.), ('calibrated', T)):
-        chance = 1/(1 + np.exp(-np.concatenate([test, -test])/scale))
+        chance = np.exp(-np.logaddexp(0, np.concatenate([-test, test])/scale)) # a sigmoid that cannot overflow
         found.update({f'nll_{name}': log_loss(chance, label), f'brier_{name}': brier(chance, label), f'ece_{name}': ece(chance, label)})
     return found
 
@@ -195,14 +195,15 @@ def reward_facts(config: RewardConfig, judge, pairs) -> tuple: # `extras` for th
         for side, x in zip(states, pooled): side.append(np.asarray(x)[np.asarray(batch.weight) > 0])
         return known
     extras = remember(facts, pairs, config.batch_size)
-    if config.probe: judge.head.weight[...] = jnp.asarray(fit_probe(*map(np.concatenate, states)), judge.head.weight.dtype)
+    some = np.random.default_rng(config.member).integers(0, len(pairs), len(pairs)) if config.member else slice(None) # further members see a resample
+    if config.probe: judge.head.weight[...] = jnp.asarray(fit_probe(*(np.concatenate(side)[some] for side in states)), judge.head.weight.dtype)
     return extras, judge
 
-# %% ../nbs/32_reward.ipynb #e811d7c9
+# %% ../nbs/32_reward.ipynb #fc777512
 def reference_batches(config: RewardConfig, tokenizer, examples, pairs, known: dict):
     "Up to 256 answers, two at a time, by which rewards are normalised."
     if config.reference:
-        found = tokenize_rows(load_rows(config.reference)[:256], tokenizer, config.max_length, config.eos)
+        found = tokenize_rows(list(itertools.islice(load_rows(config.reference), 256)), tokenizer, config.max_length, config.eos)
         examples, pairs = [e if isinstance(e[0], tuple) else (e,) for e in found], []
     alone = [e for answers in examples[:256] for e in answers] # an odd one is read twice
     extras = {name: values[:128] for name, values in known.items()} if pairs else {}
@@ -243,7 +244,7 @@ def train_reward(config: RewardConfig) -> Transformer:
 def report_margins(folder: Path, margins) -> dict:
     "Write the reliability diagram and say how good the judge is."
     found = calibration(margins)
-    chance = 1/(1 + np.exp(-np.concatenate([margins, -margins])/found['temperature']))
+    chance = np.exp(-np.logaddexp(0, np.concatenate([-margins, margins])/found['temperature']))
     axes = reliability_plot(chance, np.repeat([1., 0.], len(margins)))
     axes.figure.savefig(folder/'calibration.png', dpi=120, bbox_inches='tight')
     print(f'held-out accuracy {found["accuracy"]:.3f} [{found["accuracy_low"]:.3f}, {found["accuracy_high"]:.3f}] on {found["pairs"]} pairs; '
