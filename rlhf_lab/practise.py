@@ -18,7 +18,7 @@ from .model import Transformer
 from .online import (add_group_advantages, bnpo, cispo, contest, dapo, dr_grpo, duel_loss, gradient_norms, grpo, grpo_advantages, grpo_loss, hybrid_loss,
     k1, k2, k3, online_loss, rloo_advantages, rloo_loss, sequencewise, tokenwise)
 from .ppo import ActorCritic, AdaptiveKL, PPOConfig, clipped_surrogate, practise
-from .reward import load_judge, model_reward
+from .reward import judge_reward
 from .runs import Run, progress
 from .tokens import encode_prompt, text_ids
 from .train import adamw, init_state, load_role, save_role, snapshot, tf_adam
@@ -26,9 +26,9 @@ from .train import adamw, init_state, load_role, save_role, snapshot, tf_adam
 
 # %% ../nbs/37_practise.ipynb #f68d9e84
 def load_reward(config: PPOConfig, policy: Transformer): # rollout → scores
-    "The judge of `config.reward`, on the policy's own trunk as far as they are alike. Raises UsageError when none is given."
+    "The judge, or the judges, of `config.reward`, on the policy's own trunk as far as they are alike. Raises UsageError when none is given."
     if not config.reward: raise UsageError('no reward is given: add --reward with the run of a reward model (`rlhf-lab reward` makes one)')
-    return model_reward(*load_judge(config.reward, drop_lora(policy), config.precision))
+    return judge_reward(config.reward, drop_lora(policy), config.precision)
 
 def load_actor(
     config: PPOConfig,
