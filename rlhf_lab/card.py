@@ -24,32 +24,33 @@ from .tokens import load_tokenizer
 from .trust import (FEW, accuracy, bands, disagreement, kinds, lean, optimisation_curve, optimisation_plot, sliced,
     sureness, trusted_range)
 
-# %% ../nbs/46_card.ipynb #796592de
+# %% ../nbs/46_card.ipynb #ca5f5677
 def read_votes(rows: list[dict]) -> np.ndarray: # [N R] 1 for the chosen, 0 for the rejected, nan where nobody decided
     "The votes of several raters. Raises DataError with the number of the row that cannot be read."
-    votes = np.full((len(rows), max(len(row.get('votes') or ()) for row in rows)), np.nan)
-    for n, said in enumerate(row.get('votes') or [] for row in rows):
-        if not set(said) <= {True, False, None}:
-            raise DataError(f'row {n + 1}: votes are {said!r:.60}: write true where a rater preferred chosen, false or null')
-        votes[n, :len(said)] = [np.nan if vote is None else vote for vote in said]
-    return votes
+    said = [row.get('votes') or [] for row in rows]
+    for n, votes in enumerate(said, 1):
+        if not isinstance(votes, list) or any(vote not in (True, False, None) for vote in votes):
+            raise DataError(f'row {n}: votes are {votes!r:.60}: write true where a rater preferred chosen, false or null')
+    most = max(map(len, said))
+    return np.array([[np.nan if vote is None else vote for vote in votes] + [np.nan]*(most - len(votes)) for votes in said]).reshape(len(rows), most)
 
 def read_first(rows: list[dict]) -> np.ndarray: # [N] +1 the chosen was shown first, −1 the rejected, 0 not known
     "What people saw first. Raises DataError as `read_votes`."
     places = {None: 0, 'chosen': 1, 'rejected': -1}
     for n, row in enumerate(rows, 1):
-        if row.get('first') not in places: raise DataError(f'row {n}: first is {row["first"]!r:.40}: write chosen or rejected')
+        if row.get('first') not in list(places): raise DataError(f'row {n}: first is {row["first"]!r:.40}: write chosen or rejected')
     return np.array([places[row.get('first')] for row in rows])
 
-# %% ../nbs/46_card.ipynb #fbd6dcaf
+# %% ../nbs/46_card.ipynb #e7d27385
 def row_facts(
     rows: list[dict], # Normal rows: prompt, chosen, rejected; source, turns, first and votes where they are known
 ) -> dict: # prompts, longer (words more in the chosen), turns, first, votes; source where some row has one
     "What the rows say about the pairs, as arrays."
     more = lambda row: len(row['chosen'].split()) - len(row['rejected'].split())
     turns = lambda prompt: 1 if isinstance(prompt, str) else sum(message['role'] == 'user' for message in prompt)
+    about = lambda turns: str(turns) if isinstance(turns, str) or turns < 5 else '5 or more'
     facts = dict(prompts=numbered([prompt_text(row['prompt']) for row in rows], len(rows)), longer=np.array(list(map(more, rows))),
-        turns=np.array([row.get('turns') or turns(row['prompt']) for row in rows]), first=read_first(rows), votes=read_votes(rows))
+        turns=np.array([about(row.get('turns') or turns(row['prompt'])) for row in rows]), first=read_first(rows), votes=read_votes(rows))
     if any(row.get('source') for row in rows): facts['source'] = np.array([str(row.get('source') or '(none)') for row in rows])
     return facts
 
