@@ -28,7 +28,7 @@ verbs = {
                        'rlhf_lab.cli:check', False),
     'data show': Verb('rows as a model is trained on them', 'rlhf_lab.cli:ShowConfig', 'rlhf_lab.cli:show', False),
     'sft': Verb('imitate: fine-tune on completions', 'rlhf_lab.sft:SFTConfig', 'rlhf_lab.sft:train_sft'),
-    'reward': Verb('judge: train a reward model', 'rlhf_lab.reward:RewardConfig', 'rlhf_lab.reward:train_reward'),
+    'reward': Verb('judge: train a reward model', 'rlhf_lab.judges:JudgesConfig', 'rlhf_lab.judges:train_judges'),
     'ppo': Verb('practise: improve a policy against a reward', 'rlhf_lab.ppo:PPOConfig', 'rlhf_lab.ppo:train_ppo'),
     'dpo': Verb('prefer: improve a policy on pairs directly', 'rlhf_lab.dpo:DPOConfig', 'rlhf_lab.dpo:train_dpo'),
     'eval': Verb('compare models on held-out prompts', 'rlhf_lab.evaluate:EvalConfig', 'rlhf_lab.evaluate:evaluate'),

@@ -51,6 +51,8 @@ class Pairs(struct.PyTreeNode):
     ref_chosen: Float[Array, 'B'] = None # Summed log-probability of `chosen` under the reference, in nats
     ref_rejected: Float[Array, 'B'] = None
     weight: Float[Array, 'B'] = None # How much each pair counts; None: all alike
+    margin: Float[Array, 'B'] = None # The difference of rewards that each pair asks for; None: 0
+    chance: Float[Array, 'B'] = None # Probability that `chosen` is the better one, ½ for a tie; None: it is
 
 # %% ../nbs/00_core.ipynb #e03b9710
 def both(pairs: Pairs) -> Batch: # [2B T]: the chosen rows, then the rejected ones

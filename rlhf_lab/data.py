@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['WIDTHS', 'look_for_hub', 'as_table', 'first_line', 'load_rows', 'clean_text', 'clean_row', 'clean_rows', 'split_rows',
-           'prompt_texts', 'report', 'check_source', 'Example', 'tokenize_rows', 'show_rows', 'collate', 'common_start',
-           'pack_rows', 'Batches', 'of_rows']
+           'prompt_texts', 'report', 'check_source', 'Example', 'tokenize_answers', 'tokenize_rows', 'show_rows',
+           'collate', 'common_start', 'pack_rows', 'Batches', 'of_rows']
 
 # %% ../nbs/11_data.ipynb #4f99a399
 import hashlib, json, re, unicodedata, zlib
@@ -71,7 +71,9 @@ def load_rows(
             loaded = datasets.load_from_disk(str(path))
             return loaded[split] if isinstance(loaded, datasets.DatasetDict) else loaded
         if not (files := data_files(path, split)):
-            raise DataError(f'{source}: has no files for {split!r}: it looks for {", ".join(SUFFIXES)}')
+            others = [str(f.relative_to(path)) for f in sorted(path.rglob('*')) if f.name.endswith(SUFFIXES)]
+            raise DataError(f'{source}: has no files for {split!r}' + (f', only {", ".join(others[:3])}: give the file itself' if others else
+                f': it looks for {", ".join(SUFFIXES)}'))
         if all(f.name.endswith(SUFFIXES[:4]) for f in files):
             return as_table([row for f in files for _, row in read_json(f, split)], source, split)
         if len({f.suffix for f in files}) > 1 or not files[0].name.endswith(SUFFIXES):
@@ -182,6 +184,19 @@ class Example(NamedTuple):
     tokens: np.ndarray # [T] int32
     mask: np.ndarray # [T] bool, true on the completion and its EOS
 
+def tokenize_answers(
+    row: dict, # In the normal form
+    tokenizer,
+    max_length: int = None,
+    eos: bool = True,
+) -> list[Example]: # One for each answer
+    "All answers to one prompt, which is cut alike for those that compete. Raises DataError for a completion that does not fit."
+    made = [Example(np.array(t, np.int32), np.array(m, bool)) for t, m in
+            (encode_example(tokenizer, row['prompt'], text, max_length, eos) for text in answers(row))]
+    if not made: raise DataError('the rows have prompts only, so there is nothing to imitate: add a completion column')
+    same = min(len(e.tokens) - e.mask.sum() for e in made)
+    return [Example(*(a[len(a) - same - e.mask.sum():] for a in e)) for e in made]
+
 def tokenize_rows(
     rows,
     tokenizer,
@@ -191,13 +206,8 @@ def tokenize_rows(
     "Encode rows. Raises DataError with the number of the row that does not fit."
     examples = []
     for n, row in enumerate(normalise_rows(rows), 1):
-        try: made = [Example(np.array(t, np.int32), np.array(m, bool)) for t, m in
-                     (encode_example(tokenizer, row['prompt'], text, max_length, eos) for text in answers(row))]
+        try: made = tokenize_answers(row, tokenizer, max_length, eos)
         except DataError as e: raise DataError(f'row {n}: {e}') from None
-        if not made:
-            raise DataError('the rows have prompts only, so there is nothing to imitate: add a completion column')
-        same = min(len(e.tokens) - e.mask.sum() for e in made) # the prompt of answers that compete is cut alike
-        made = [Example(*(a[len(a) - same - e.mask.sum():] for a in e)) for e in made]
         if 'completions' not in row: examples.append(tuple(made) if len(made) == 2 else made[0])
         else: examples += [(a, b) for (i, a), (j, b) in permutations(zip(row['ranks'], made), 2) if i < j]
     return examples

@@ -20,7 +20,7 @@ from .data import Example, collate, common_start, load_rows, tokenize_rows
 from .generate import completions, generate
 from .lora import on_trunk
 from .model import Transformer, fast_precision, score_tokens
-from .reward import load_judge, model_reward
+from .reward import judge_reward
 from .rows import answers, normalise_rows, require_good
 from .runs import Run, disk_errors, write_file
 from .stats import interval, middle, resample
@@ -315,8 +315,10 @@ def judge_of(
     folder, # Of the reward model
     trunk: Transformer = None, # Whose rollouts it will see; where it has a `split`, they carry `below`
 ): # Rollout → [N]
-    "The reward model of a run, as a function."
-    return model_reward(*load_judge(folder, trunk))
+    "The reward model of a run, or what its several judges say together, as a function."
+    reward = judge_reward(folder, trunk)
+    def scores(rollout): return found[0] if isinstance(found := reward(rollout), tuple) else found
+    return scores
 
 @dataclass
 class EvalConfig:

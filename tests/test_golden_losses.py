@@ -11,7 +11,7 @@ from rlhf_lab.lora import LoRA, add_head, add_lora, merge_lora
 from rlhf_lab.model import Linear, score_tokens
 from rlhf_lab.ppo import (ActorCritic, AdaptiveKL, PPOConfig, add_advantages, appraise, check_ratio, check_start, clipped_surrogate,
     clipped_value_loss, describe, ended, gae, last_slot, ppo_loss, practise, shaped_rewards)
-from rlhf_lab.reward import bradley_terry, last_token, reward_loss
+from rlhf_lab.reward import bradley_terry
 from rlhf_lab.train import fit, init_state, make_step
 from rlhf_lab.weights import config_from_hf, fill
 
@@ -139,31 +139,6 @@ def test_fifteen_updates_of_dpo(seed, name):
     close(np.array(rows)[:, keep], expected[:, keep], tolerance)
     close(np.array(rows)[1:, 4], expected[1:, 4], 1e-6)
     close(state.model.embed[...], z[f'{seed}/{name}/final_wte'], tolerance)
-
-# ── rewards ──
-
-@each('reward_model')
-@pytest.mark.parametrize('name, with_margin, centre', [('plain', 0, 0.), ('margin', 1, 0.), ('center0.01', 0, .01), ('margin_center0.1', 1, .1)])
-def test_bradley_terry(seed, name, with_margin, centre):
-    z = load('reward_model')
-    rewards, margin = array(z[f'{seed}/rewards']), with_margin*array(z[f'{seed}/margin'])
-    tokens = np.zeros((len(rewards), 3))
-    @jax.jit
-    @functools.partial(jax.value_and_grad, has_aux=True)
-    def loss(rewards):
-        states = jnp.tile(rewards[:, None, None], (1, 3, 1))
-        model = Saying(states, head=lambda pooled: pooled[:, 0])
-        total, *rest = reward_loss(model, sides(tokens, [[0, 1, 1]]*len(tokens)), last_token, distance=margin, centre=centre)
-        return total, rest
-    (total, (weight, seen)), grad = loss(rewards)
-    close(total/weight, z[f'{seed}/{name}/loss'])
-    close(seen['accuracy'][0]/weight, z[f'{seed}/{name}/accuracy'], 1e-6)
-    close(seen['margin'][0]/weight, z[f'{seed}/{name}/mean_margin'])
-    close(grad/weight, z[f'{seed}/{name}/grad_rewards'])
-
-def test_equal_rewards_cost_ln_2_and_a_margin_its_own_share():
-    close(bradley_terry(array(0.)), np.log(2))
-    close(bradley_terry(array(-1.)), -np.log(1/(1 + np.e)))
 
 # ── PPO ──
 
