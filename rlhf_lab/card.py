@@ -7,7 +7,7 @@ __all__ = ['read_votes', 'read_first', 'row_facts', 'checked', 'ceiling', 'measu
            'slices_table', 'calibration_table', 'facts_table', 'page', 'report_card', 'trained_with', 'open_judge',
            'load_pairs', 'load_samples', 'score_samples', 'CardConfig', 'make_card']
 
-# %% ../nbs/48_card.ipynb #184e96d0
+# %% ../nbs/48_card.ipynb #6040c322
 import json, numpy as np
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +16,7 @@ from .core import DataError, UsageError
 from .data import Batches, Example, clean_rows, load_rows, split_rows, tokenize_rows
 from .evaluate import COLORS, grid, plain, write_png
 from .model import fast_precision
-from .reward import load_judge, model_reward
+from .reward import judge_reward, read_card
 from .rows import normalise_rows, prompt_text, require_good
 from .runs import Run, write_file
 from .stats import agreement_ceiling, interval, numbered, reliability_plot
@@ -24,32 +24,33 @@ from .tokens import load_tokenizer
 from .trust import (FEW, accuracy, bands, disagreement, kinds, lean, optimisation_curve, optimisation_plot, sliced,
     sureness, trusted_range)
 
-# %% ../nbs/48_card.ipynb #796592de
+# %% ../nbs/48_card.ipynb #ca5f5677
 def read_votes(rows: list[dict]) -> np.ndarray: # [N R] 1 for the chosen, 0 for the rejected, nan where nobody decided
     "The votes of several raters. Raises DataError with the number of the row that cannot be read."
-    votes = np.full((len(rows), max(len(row.get('votes') or ()) for row in rows)), np.nan)
-    for n, said in enumerate(row.get('votes') or [] for row in rows):
-        if not set(said) <= {True, False, None}:
-            raise DataError(f'row {n + 1}: votes are {said!r:.60}: write true where a rater preferred chosen, false or null')
-        votes[n, :len(said)] = [np.nan if vote is None else vote for vote in said]
-    return votes
+    said = [row.get('votes') or [] for row in rows]
+    for n, votes in enumerate(said, 1):
+        if not isinstance(votes, list) or any(vote not in (True, False, None) for vote in votes):
+            raise DataError(f'row {n}: votes are {votes!r:.60}: write true where a rater preferred chosen, false or null')
+    most = max(map(len, said))
+    return np.array([[np.nan if vote is None else vote for vote in votes] + [np.nan]*(most - len(votes)) for votes in said]).reshape(len(rows), most)
 
 def read_first(rows: list[dict]) -> np.ndarray: # [N] +1 the chosen was shown first, −1 the rejected, 0 not known
     "What people saw first. Raises DataError as `read_votes`."
     places = {None: 0, 'chosen': 1, 'rejected': -1}
     for n, row in enumerate(rows, 1):
-        if row.get('first') not in places: raise DataError(f'row {n}: first is {row["first"]!r:.40}: write chosen or rejected')
+        if row.get('first') not in list(places): raise DataError(f'row {n}: first is {row["first"]!r:.40}: write chosen or rejected')
     return np.array([places[row.get('first')] for row in rows])
 
-# %% ../nbs/48_card.ipynb #fbd6dcaf
+# %% ../nbs/48_card.ipynb #e7d27385
 def row_facts(
     rows: list[dict], # Normal rows: prompt, chosen, rejected; source, turns, first and votes where they are known
 ) -> dict: # prompts, longer (words more in the chosen), turns, first, votes; source where some row has one
     "What the rows say about the pairs, as arrays."
     more = lambda row: len(row['chosen'].split()) - len(row['rejected'].split())
     turns = lambda prompt: 1 if isinstance(prompt, str) else sum(message['role'] == 'user' for message in prompt)
+    about = lambda turns: str(turns) if isinstance(turns, str) or turns < 5 else '5 or more'
     facts = dict(prompts=numbered([prompt_text(row['prompt']) for row in rows], len(rows)), longer=np.array(list(map(more, rows))),
-        turns=np.array([row.get('turns') or turns(row['prompt']) for row in rows]), first=read_first(rows), votes=read_votes(rows))
+        turns=np.array([about(row.get('turns') or turns(row['prompt'])) for row in rows]), first=read_first(rows), votes=read_votes(rows))
     if any(row.get('source') for row in rows): facts['source'] = np.array([str(row.get('source') or '(none)') for row in rows])
     return facts
 
@@ -223,7 +224,7 @@ def report_card(
     write_file(folder/'card.md', page(card))
     return card
 
-# %% ../nbs/48_card.ipynb #b0fa79b7
+# %% ../nbs/48_card.ipynb #6a795ced
 def trained_with(
     folder, # A run of `train_reward`
 ) -> dict:
@@ -236,19 +237,21 @@ def open_judge(
     folder, # A run of `train_reward`
     precision: str = 'float32', # Of products
     batch_size: int = 64, # Answers at once
-): # Rows → [N k]: a score for each answer of each row
-    "The judge of a run as a function of rows."
-    ask = model_reward(*load_judge(folder, precision=precision), batch_size)
-    tokenizer, trained = load_tokenizer(Path(folder)/'model'), trained_with(folder)
+): # Rows → [1 + M, N, k]: for each answer of each row the score, and what each of the M members of an ensemble says
+    "The judge of a run, or its several judges, as a function of rows."
+    reward, trained = judge_reward(folder, precision=precision), trained_with(folder)
+    tokenizer = load_tokenizer(Path(folder)/read_card(folder).get('members', ['.'])[0]/'model')
+    def ask(batch): return np.vstack(said) if isinstance(said := reward(batch), tuple) else said[None]
     def judge(rows):
         made = tokenize_rows(rows, tokenizer, trained['max_length'], trained['eos'])
         flat = [example for one in made for example in ([one] if isinstance(one, Example) else one)]
-        batches, scores = Batches(flat, batch_size, drop_last=False), np.zeros(len(flat))
-        for batch in batches: scores[batches.index[batches.index >= 0]] = ask(batch)[batches.index >= 0]
-        return scores.reshape(len(rows), -1)
+        batches = Batches(flat, batch_size, drop_last=False)
+        found = [(batches.index, ask(batch)) for batch in batches]
+        index, scores = np.concatenate([i for i, _ in found]), np.concatenate([s for _, s in found], axis=1)
+        return scores[:, index >= 0][:, np.argsort(index[index >= 0])].reshape(len(scores), len(rows), -1)
     return judge
 
-# %% ../nbs/48_card.ipynb #b825d7e4
+# %% ../nbs/48_card.ipynb #079aacfe
 def load_pairs(
     source: str, # Hub id, file or folder
     split: str,
@@ -259,14 +262,14 @@ def load_pairs(
     "Pairs that the judge has not seen. Raises DataError where the rows are no pairs, UsageError where it has seen all of them."
     rows, trained, there = load_rows(source, split), trained_with(folder), lambda place: Path(place).expanduser().resolve()
     require_good(rows, source, split)
-    rows, _ = clean_rows(rows, load_tokenizer(Path(folder)/'model'), trained['max_length'])
+    rows, _ = clean_rows(rows, load_tokenizer(Path(folder)/read_card(folder).get('members', ['.'])[0]/'model'), trained['max_length'])
     if not rows or 'chosen' not in rows[0]: raise DataError(f'{source}: holds no usable pairs: give prompt, chosen and rejected')
     if trained['data'] and there(trained['data']) == there(source) and (split == 'train' or there(source).is_file()):
         rows = split_rows(rows, trained['holdout'], trained['seed'])[1]
         if not rows: raise UsageError(f'{source}: the judge in {folder} has seen all of it: bring other pairs')
     return [rows[i] for i in np.sort(np.random.default_rng(seed).permutation(len(rows))[:most])]
 
-# %% ../nbs/48_card.ipynb #aa3fc366
+# %% ../nbs/48_card.ipynb #703dec26
 def load_samples(
     source: str, # Rows of prompt, completions, and gold: their true scores
 ) -> tuple: # Rows, and the true scores [P n]; None where there are none
@@ -291,19 +294,18 @@ def score_samples(
     rows, gold = load_samples(source)
     if gold is None and not better: raise UsageError(f'{source}: has no true scores: add a column gold, or --gold with a better judge')
     answers = [dict(prompt=row['prompt'], completion=text) for row in rows for text in row['completions']]
-    ask = lambda judge: judge(answers).reshape(len(rows), -1)
+    ask = lambda judge: judge(answers)[0].reshape(len(rows), -1)
     return ask(judge), ask(better) if gold is None else gold
 
-# %% ../nbs/48_card.ipynb #215c312f
+# %% ../nbs/48_card.ipynb #c4e06c48
 @dataclass
 class CardConfig:
     "Measure a reward model on pairs that it has not seen."
-    reward: str = '' # Its run
+    reward: str = '' # Its run; several judges of one run are an ensemble
     data: str = '' # Pairs: hub id, file or folder; of the data of its training only the pairs held out then
     out: str = 'runs/card' # Gets card.md, card.json and figures
     split: str = 'train'
     pairs: int = 2000 # How many at most
-    members: tuple[str, ...] = () # Runs of the other members of its ensemble
     elsewhere: str = '' # Pairs of another kind: does the ensemble disagree there?
     samples: str = '' # A file of prompt, completions and gold, their true scores
     gold: str = '' # The run of a better judge, where the samples have no gold
@@ -319,17 +321,16 @@ def make_card(config: CardConfig) -> dict: # What is in card.json
     "Ask the judges and write the card. Raises UsageError where something that belongs together is missing."
     for name in ('reward', 'data'):
         if not getattr(config, name): raise UsageError(f'nothing to report on: add --{name}')
-    for name, other in (('elsewhere', 'members'), ('gold', 'samples')):
-        if getattr(config, name) and not getattr(config, other): raise UsageError(f'--{name} has no use without --{other}: add it')
+    if config.gold and not config.samples: raise UsageError('--gold has no use without --samples: add it')
     with Run(config.out, config, config.resume) as run:
         opened = lambda folder: open_judge(folder, config.precision, config.batch_size)
         pairs = lambda source: load_pairs(source, config.split, config.reward, config.pairs, config.seed)
-        margins = lambda rows: np.stack([judge(rows) @ [1, -1] for judge in judges])
-        judges = [opened(folder) for folder in (config.reward, *config.members)]
-        rows, others = pairs(config.data), config.elsewhere and pairs(config.elsewhere)
-        proxy, gold = score_samples(config.samples, judges[0], config.gold and opened(config.gold)) if config.samples else (None, None)
-        said = margins(rows)
-        members, elsewhere = said if config.members else None, margins(others) if others else None
-        card = report_card(run.path, said[0], rows, members, elsewhere, proxy, gold, config.reward)
+        judge, several = opened(config.reward), 'members' in read_card(config.reward)
+        if config.elsewhere and not several: raise UsageError(f'--elsewhere has no use: {config.reward} is one judge; train several with --members')
+        rows, others = pairs(config.data), pairs(config.elsewhere) if config.elsewhere else None
+        proxy, gold = score_samples(config.samples, judge, config.gold and opened(config.gold)) if config.samples else (None, None)
+        margins = judge(rows) @ [1, -1] # [1 + M, N]
+        elsewhere = None if others is None else judge(others)[1:] @ [1, -1]
+        card = report_card(run.path, margins[0], rows, margins[1:] if several else None, elsewhere, proxy, gold, config.reward)
         print('\n'.join([*verdicts(card), f'report card: {run.path}/card.md']))
     return card

@@ -63,7 +63,7 @@ def wilson(
     if n < 1: raise ValueError('a share of nothing: there are no cases')
     z2 = NormalDist().inv_cdf((1 + level)/2)**2
     centre, reach = right + z2/2, (z2*(right*(n - right)/n + z2/4))**0.5
-    return right/n, max(0., (centre - reach)/(n + z2)), min(1., (centre + reach)/(n + z2))
+    return right/n, max(0., min(right/n, (centre - reach)/(n + z2))), min(1., max(right/n, (centre + reach)/(n + z2)))
 
 
 # %% ../nbs/02_stats.ipynb #7e9ad5d2

@@ -117,13 +117,13 @@ def place(toy, tmp_path_factory):
 
 @pytest.mark.parametrize('code, words, flags', [
     (2, 'add --reward', '--data pairs.jsonl'), (2, 'add --data', '--reward judge'),
-    (4, 'empty holds no reward model', '--reward empty --data pairs.jsonl'), (4, 'nowhere holds no reward model', '--reward judge --data pairs.jsonl --members nowhere'),
+    (4, 'empty holds no reward model', '--reward empty --data pairs.jsonl'), (4, 'nowhere holds no reward model', '--reward nowhere --data pairs.jsonl'),
     (3, 'there is no such file', '--reward judge --data nothing.jsonl'), (3, 'single.jsonl: holds no usable pairs', '--reward judge --data single.jsonl'),
-    (2, 'has seen all of it', '--reward judge --data seen.jsonl'), (2, 'without --members', '--reward judge --data pairs.jsonl --elsewhere pairs.jsonl'),
+    (2, 'has seen all of it', '--reward judge --data seen.jsonl'), (2, 'train several with --members', '--reward judge --data pairs.jsonl --elsewhere pairs.jsonl'),
     (2, 'add a column gold', '--reward judge --data pairs.jsonl --samples unscored.jsonl'), (3, 'equally many', '--reward judge --data pairs.jsonl --samples ragged.jsonl'),
     (3, 'equally many', '--reward judge --data pairs.jsonl --samples pairs.jsonl'), (3, 'short.jsonl: gold', '--reward judge --data pairs.jsonl --samples short.jsonl'),
     (3, 'words.jsonl: gold', '--reward judge --data pairs.jsonl --samples words.jsonl'), (3, 'row 1: votes', '--reward judge --data voted.jsonl'),
-    (2, 'unknown flag `--sample`', '--reward judge --sample x')])
+    (2, 'without --samples', '--reward judge --data pairs.jsonl --gold judge'), (2, 'unknown flag `--sample`', '--reward judge --sample x')])
 def test_a_mistake_costs_one_line(place, capfd, monkeypatch, tmp_path, code, words, flags):
     monkeypatch.chdir(place)
     got, err = main(['card', *flags.split(), '--out', str(tmp_path), '--precision', 'float32']), capfd.readouterr().err

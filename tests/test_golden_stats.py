@@ -90,4 +90,6 @@ def test_agreement_is_counted_over_pairs_of_raters_and_majorities_of_the_others(
 def test_wilson_is_the_set_of_shares_that_a_score_test_keeps():
     _, low, high = wilson(7, 20)
     for end in (low, high): assert abs(abs(7/20 - end)/(end*(1 - end)/20)**.5 - 1.959964) < 1e-5
-    assert wilson(0, 5)[1] == 0 and wilson(5, 5)[2] == 1
+    for n in range(1, 500):
+        (none, low, _), (all_, _, high) = wilson(0, n), wilson(n, n)
+        assert (none, low) == (0, 0) and (all_, high) == (1, 1) # exactly: error bars have no negative lengths
