@@ -35,6 +35,8 @@ verbs = {
     'dpo': Verb('prefer: improve a policy on pairs directly', 'rlhf_lab.prefer:DPOConfig', 'rlhf_lab.prefer:train_dpo'),
     'kto': Verb('prefer: improve a policy on thumbs', 'rlhf_lab.prefer:KTOConfig', 'rlhf_lab.prefer:train_kto'),
     'eval': Verb('compare models on held-out prompts', 'rlhf_lab.evaluate:EvalConfig', 'rlhf_lab.evaluate:evaluate'),
+    'compare': Verb('all methods from one start, in one table and one picture', 'rlhf_lab.compare:CompareConfig',
+                    'rlhf_lab.compare:compare_methods'),
     'examine': Verb('what is wrong with a run, from its metrics', 'rlhf_lab.cli:ExamineConfig',
                     'rlhf_lab.cli:examine', False),
     'card': Verb('the report card of a reward model', 'rlhf_lab.card:CardConfig', 'rlhf_lab.card:make_card'),

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Lists', 'ListBatches', 'list_loss', 'rating_loss', 'JudgesConfig', 'read_lists', 'loss_of_lists', 'margins_of',
            'taught_by', 'distil', 'times_faster', 'train_one', 'train_judges', 'prompt_of', 'rater_of', 'folds',
-           'cross_validate', 'clustered', 'fit_judge']
+           'cross_validate', 'fit_judge']
 
 # %% ../nbs/45_judges.ipynb #ab9e5e71
 import dataclasses, itertools, json, jax, jax.numpy as jnp, numpy as np, time
@@ -21,7 +21,7 @@ from rlhf_lab.reward import (POOLS, RewardConfig, ask_judge, last_token, load_ju
     train_judge)
 from .rows import normalise_rows, require_good
 from .runs import Run, write_file
-from .stats import middle, resample
+from .stats import interval
 from .tokens import load_tokenizer
 from .train import remember
 
@@ -187,19 +187,10 @@ def cross_validate(
     for i in range(k):
         judge = fit([row for row, part in zip(rows, parts) if part != i])
         margins[parts == i] = judge([row for row, part in zip(rows, parts) if part == i])
-    right, which = (margins > 0)*1., np.unique([prompt_of(row) for row in rows], return_inverse=True)[1]
+    right = (margins > 0)*1.
     each = [float(right[parts == i].mean()) for i in range(k)]
-    accuracy, low, high = clustered(right, which)
+    accuracy, low, high = interval(right, groups=[prompt_of(row) for row in rows])
     return dict(accuracy=accuracy, accuracy_low=low, accuracy_high=high, folds=each, spread=float(np.std(each, ddof=1)), margins=margins)
-
-def clustered(
-    values, # [N]
-    groups, # [N] numbers from 0
-) -> tuple[float, float, float]: # mean, low, high
-    "The mean over rows, with a bootstrap interval over groups."
-    sums, sizes = (np.bincount(groups, weights) for weights in (values, None))
-    draws = resample(len(sums))
-    return float(sums.sum()/sizes.sum()), *middle(draws @ sums/(draws @ sizes))
 
 # %% ../nbs/45_judges.ipynb #362f1353
 def fit_judge(config: JudgesConfig): # For `cross_validate`
