@@ -13,8 +13,8 @@ from rlhf_lab.world import World
 def practised(seed, adam, rate=2e-2, steps=150, target=1.):
     "Distance and price in each rollout: the recipe, but for what its size and its texts need."
     world = World(seed=seed)
-    config = dataclasses.replace(openai_2019(PPOConfig(batch_size=256, kl_target=target, kl_horizon=2_500, adam=adam, precision='float32', seed=seed)),
-        temperature=1., judged_until='', missing_eos_penalty=0.)
+    config = dataclasses.replace(openai_2019(PPOConfig(batch_size=256, kl_target=target, kl_horizon=1_000, adam=adam, precision='float32', seed=seed)),
+        temperature=1., judged_until='', missing_eos_replaces=False, missing_eos_penalty=0.)
     optimizer = adamw(rate, 4*steps, max_grad_norm=config.max_grad_norm, eps=config.adam_eps, rule=tf_adam if config.adam == 'tf' else optax.adamw)
     state = init_state(ActorCritic(world.reference), optimizer, wrt=nnx.Param)
     rollouts = practise(state, world.reference, [[0]]*256, world.reward, optimizer, config, write=world.write)
