@@ -6,7 +6,7 @@ PYTHON ?= $(shell for extra in ensurepip sys; do for p in python3.12 python3.11 
 BIN := .venv/bin
 ARGS ?=
 
-.PHONY: help quickstart app test test-slow docs bench readme constraints clean
+.PHONY: help quickstart app test test-slow docs bench notebooks readme constraints clean
 .DELETE_ON_ERROR:
 
 help: ## what there is
@@ -29,6 +29,9 @@ docs: .venv/.dev ## the notebooks as a site in _docs
 
 bench: .venv/.dev ## how fast it is here; ARGS="…" goes to each script
 	set -e; for name in layers generate train; do echo "== $$name"; $(BIN)/python bench/$$name.py $(ARGS); done
+
+notebooks: .venv/.dev ## run the notebooks and keep what they show; ARGS="33 34" only these
+	$(BIN)/python .ci/notebooks.py $(ARGS)
 
 readme: .venv/.dev ## README.md from nbs/index.ipynb; ARGS=runs/quickstart shows that run
 	$(BIN)/python .ci/readme.py $(ARGS)
