@@ -163,7 +163,7 @@ DISTANCE = (
         'raise kl_coef or kl_budget, lower learning_rate'),
 )
 
-# %% ../nbs/36_doctor.ipynb #155be949
+# %% ../nbs/36_doctor.ipynb #375a25eb
 def spikes(norms) -> float:
     "The second largest of the last 20 values in units of the median of the last 100: one spike is an accident."
     return float(np.sort(norms[-20:])[-2]/max(np.median(norms[-100:]), 1e-12)) if len(norms) >= 20 else math.nan
@@ -191,7 +191,7 @@ STEPS = (
         'some words become many times likelier within one rollout',
         'too high a learning rate, too many epochs on one rollout, or advantages with outliers',
         'lower learning_rate or epochs, set kl_stop, clip the scores'),
-    Sign('clip fraction high', ('policy/clipfrac_avg',), late, .2,
+    Sign('clip fraction high', ('policy/clipfrac_avg',), late, .3,
         'many words hit the clip, and their gradient is thrown away (share)',
         'too high a learning rate, or too many epochs or minibatches on one rollout',
         'lower learning_rate or epochs'),

@@ -55,7 +55,7 @@ SICK = { # What changes in a healthy run, and which other alarms that rightly ra
     'over budget': (ppo, {'lab/over_budget': 1.*(np.arange(N) % 3 > 0)}, set()),
     'mean ratio off': (ppo, {'val/ratio': 1.2 + wobble}, set()),
     'ratio outliers': (ppo, {'lab/ratio_off': 14 + wobble}, set()),
-    'clip fraction high': (ppo, {'policy/clipfrac_avg': .35 + wobble}, set()),
+    'clip fraction high': (ppo, {'policy/clipfrac_avg': .5 + wobble}, set()),
     'rollouts cut short': (ppo, {'lab/updates': np.full(N, 1.), 'taken': np.full(N, .5)}, set()),
     'broken updates': (ppo, {'skipped': 1.*(np.arange(N) % 3 == 0), 'taken': 1.*(np.arange(N) % 3 > 0)}, set()),
     'gradient spikes': (ppo, {'grad_norm': np.where(np.isin(np.arange(N), (48, 57)), 60., 1 + wobble)}, set()),
@@ -116,10 +116,12 @@ def test_imagined_healthy_runs_raise_no_alarm_at_any_step(make):
 
 @pytest.mark.parametrize('name', ['ppo', 'dpo', 'sft', 'reward'])
 def test_real_healthy_runs_raise_no_alarm_at_any_step(name):
-    "Metrics of `rlhf-lab quickstart --seed 0`, in which PPO and DPO beat SFT on the true reward."
-    folder = Path(__file__).parent/'healthy'/name
-    history = Run(folder).metrics()
-    assert len(history) >= 8 and replay(history, fitting(ALL, Run(folder))) == []
+    "Metrics and settings of `rlhf-lab quickstart --seed 0` on SmolLM2-135M."
+    run = Run(Path(__file__).parent/'healthy'/name)
+    history = run.metrics()
+    for row in history: # the log-ratios were not logged yet; rewards are β = 0.1 times them
+        row |= {f'lab/delta_{side}': row[f'rewards/{side}']/.1 for side in ('chosen', 'rejected') if f'rewards/{side}' in row}
+    assert len(history) >= 12 and replay(history, fitting(ALL, run)) == []
 
 # ── while it runs ──
 
