@@ -163,7 +163,7 @@ DISTANCE = (
         'raise kl_coef or kl_budget, lower learning_rate'),
 )
 
-# %% ../nbs/36_doctor.ipynb #155be949
+# %% ../nbs/36_doctor.ipynb #375a25eb
 def spikes(norms) -> float:
     "The second largest of the last 20 values in units of the median of the last 100: one spike is an accident."
     return float(np.sort(norms[-20:])[-2]/max(np.median(norms[-100:]), 1e-12)) if len(norms) >= 20 else math.nan
@@ -191,7 +191,7 @@ STEPS = (
         'some words become many times likelier within one rollout',
         'too high a learning rate, too many epochs on one rollout, or advantages with outliers',
         'lower learning_rate or epochs, set kl_stop, clip the scores'),
-    Sign('clip fraction high', ('policy/clipfrac_avg',), late, .2,
+    Sign('clip fraction high', ('policy/clipfrac_avg',), late, .3,
         'many words hit the clip, and their gradient is thrown away (share)',
         'too high a learning rate, or too many epochs or minibatches on one rollout',
         'lower learning_rate or epochs'),
@@ -312,7 +312,7 @@ SIDES = (
         'add the NLL of the chosen side, drop pairs that are nearly the same, lower learning_rate'),
 )
 
-# %% ../nbs/36_doctor.ipynb #b230fd5f
+# %% ../nbs/36_doctor.ipynb #3f26469a
 PAIRS = (
     Sign('length explains the margin', ('lab/length_gap', 'rewards/margins'), together, .6,
         'the margin of a batch follows its difference in length (correlation)',
@@ -322,7 +322,7 @@ PAIRS = (
         'the policy is less and less willing to end where the chosen completion ends (nats)',
         'completions that were cut off, or rejected ones that end alike',
         'keep EOS in the rows (eos), drop rows that were cut off, add the NLL of the chosen side', above=False),
-    Sign('accuracy stuck', ('rewards/accuracies',), lambda x: x[-30:].mean() if len(x) >= 40 else math.nan, .52,
+    Sign('accuracy stuck', ('rewards/accuracies',), lambda x: x[-50:].mean() if len(x) >= 60 else math.nan, .52,
         'the implicit reward picks the chosen side hardly more often than a coin (share)',
         'labels that are noise or swapped, or too low a learning rate',
         'check a few pairs by hand, raise learning_rate, lower beta', above=False),

@@ -55,7 +55,7 @@ SICK = { # What changes in a healthy run, and which other alarms that rightly ra
     'over budget': (ppo, {'lab/over_budget': 1.*(np.arange(N) % 3 > 0)}, set()),
     'mean ratio off': (ppo, {'val/ratio': 1.2 + wobble}, set()),
     'ratio outliers': (ppo, {'lab/ratio_off': 14 + wobble}, set()),
-    'clip fraction high': (ppo, {'policy/clipfrac_avg': .35 + wobble}, set()),
+    'clip fraction high': (ppo, {'policy/clipfrac_avg': .5 + wobble}, set()),
     'rollouts cut short': (ppo, {'lab/updates': np.full(N, 1.), 'taken': np.full(N, .5)}, set()),
     'broken updates': (ppo, {'skipped': 1.*(np.arange(N) % 3 == 0), 'taken': 1.*(np.arange(N) % 3 > 0)}, set()),
     'gradient spikes': (ppo, {'grad_norm': np.where(np.isin(np.arange(N), (48, 57)), 60., 1 + wobble)}, set()),
@@ -116,10 +116,25 @@ def test_imagined_healthy_runs_raise_no_alarm_at_any_step(make):
 
 @pytest.mark.parametrize('name', ['ppo', 'dpo', 'sft', 'reward'])
 def test_real_healthy_runs_raise_no_alarm_at_any_step(name):
-    "Metrics of `rlhf-lab quickstart --seed 0`, in which PPO and DPO beat SFT on the true reward."
-    folder = Path(__file__).parent/'healthy'/name
-    history = Run(folder).metrics()
-    assert len(history) >= 8 and replay(history, fitting(ALL, Run(folder))) == []
+    "Metrics and settings of `rlhf-lab quickstart --seed 0` (SmolLM2-135M, commit e0d68a0), to five digits."
+    run = Run(Path(__file__).parent/'healthy'/name)
+    history = run.metrics()
+    for row in history: # the log-ratios were not logged yet; rewards are β = 0.1 times them
+        row |= {f'lab/delta_{side}': row[f'rewards/{side}']/.1 for side in ('chosen', 'rejected') if f'rewards/{side}' in row}
+    assert len(history) >= 9 and replay(history, fitting(ALL, run)) == []
+
+def test_steps_that_are_too_large_are_noticed_in_real_training():
+    "PPO in the world of five words, at thirty times the learning rate that the notebook uses."
+    from flax import nnx
+    from rlhf_lab.ppo import ActorCritic, PPOConfig, practise
+    from rlhf_lab.train import adamw, init_state
+    from rlhf_lab.world import World
+    world, optimizer = World(), adamw(3.)
+    config = PPOConfig(batch_size=512, minibatches=1, epochs=4, max_new_tokens=3, kl_coef=world.beta, kl_stop=0., precision='float32')
+    start = init_state(ActorCritic(world.reference), optimizer, wrt=nnx.Param)
+    rollouts = practise(start, world.reference, [[0]]*512, world.reward, optimizer, config, write=world.write)
+    history = [{'step': n, **measured} for n, (_, measured, _) in zip(range(1, 6), rollouts)]
+    assert 'ratio outliers' in names(history)
 
 # ── while it runs ──
 
