@@ -296,7 +296,7 @@ def hands(environment: Environment, number: int) -> Environment:
     "The same task, its one force the sum of several."
     return environment._replace(outputs=number, step=lambda key, state, action: environment.step(key, state, action.sum(-1, keepdims=True)))
 
-# %% ../nbs/39_control.ipynb #ac92b53e
+# %% ../nbs/39_control.ipynb #241782bf
 TASKS = {'CartPole': (ControlConfig(), categorical), 'Pendulum, diagonal': (PENDULUM, diagonal), 'Pendulum, full covariance': (PENDULUM, full)}
 
 def control_report(
@@ -322,7 +322,7 @@ def draw_curves(curves: dict, folder): # Name → learning curves
     from matplotlib.figure import Figure
     fig = Figure(figsize=(3*len(curves), 2.4), layout='constrained')
     for ax, (name, found) in zip(fig.subplots(1, len(curves), squeeze=False)[0], curves.items()):
-        for curve in found: ax.plot(*curve, linewidth=1)
-        ax.set(title=name, xlabel='steps', ylabel='mean score of 100 episodes')
+        for when, mean in found: ax.plot(when/1000, mean, linewidth=1)
+        ax.set(title=name, xlabel='thousand steps', ylabel='mean of 100 episodes')
     Path(folder).mkdir(parents=True, exist_ok=True)
     fig.savefig(Path(folder)/'curves.png', dpi=80)

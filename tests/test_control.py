@@ -1,8 +1,7 @@
 "The players of 39_control: what they see, when an episode is over, and that they learn (slow)."
-import dataclasses, sys
+import sys
 import jax, jax.numpy as jnp, numpy as np, pytest
-from rlhf_lab.control import (PENDULUM, ControlConfig, categorical, control_report, diagonal, full, hands, learner, learning_curve,
-    load_environment, train_control)
+from rlhf_lab.control import ControlConfig, control_report, full, hands, learner, load_environment
 from rlhf_lab.core import UsageError
 
 def test_without_gymnax_it_says_how_to_get_it(monkeypatch):
@@ -41,7 +40,7 @@ def test_a_training_is_a_function_of_its_key():
     for a, b in zip(jax.tree.leaves((alone[0].params, alone[1])), jax.tree.leaves((again[0].params, again[1]))): np.testing.assert_array_equal(a, b)
     for a, b in zip(jax.tree.leaves(alone[0].params), jax.tree.leaves(both[0].params)):
         np.testing.assert_allclose(a, b[0], atol=1e-3)
-        assert a.ndim < 2 or np.abs(b[0] - b[1]).max() > .01
+        assert a.ndim < 2 or (b[0] != b[1]).any() # biases start alike, weights do not
     state, measured = both
     assert (state.step == 2*2*2).all() and all(x.shape[:2] == (2, 2) for x in measured.values()) and measured['taken'].all()
     assert (np.diff(np.asarray(state.opt_state[1].hyperparams['learning_rate'])) == 0).all()
