@@ -8,7 +8,7 @@ __all__ = ['OPENING', 'SHARES', 'STAGE', 'Review', 'tidy', 'film_reviews', 'plac
            'write_rows', 'sampled_states', 'sample_pairs', 'quickstart', 'tell']
 
 # %% ../nbs/44_quickstart.ipynb #e7b33bae
-import csv, hashlib, json, os, random, re, time
+import csv, functools, hashlib, json, os, random, re, time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -26,6 +26,7 @@ from .runs import Run, write_file
 from .sft import SFTConfig, train_sft
 from .stats import interval
 from .tokens import encode_prompt, train_tokenizer
+from .train import remember
 from .weights import DEFAULT_MODEL, fetch_package, load_model, save_model
 
 # %% ../nbs/44_quickstart.ipynb #15656712
@@ -277,17 +278,21 @@ def sample_pairs(
     file: Path, # Gets the rows
     model: str, # Who writes
 ) -> dict: # Bytes of the tokens → states below the adapters, for `known_states`
-    "Two completions of each prompt, and the gold scorer's choice; without those that read differently once they are text."
+    "Two completions of each prompt, and the gold scorer's choice."
     policy, tokenizer = load_model(model, config.sft.precision)
     policy.split = len(policy.layers) - (config.dpo.top_layers or len(policy.layers))
     rollout = ask(policy, [encode_prompt(tokenizer, prompt) for prompt in prompts], key=jax.random.key(config.seed), n=2, batch_size=128,
         max_new_tokens=config.new_tokens, temperature=config.temperature, stop=(tokenizer.eos_token_id,))
     said, states = completions(rollout, tokenizer), sampled_states(rollout, (tokenizer.eos_token_id,))
-    rows = clean_rows(label_pairs(prompts, said[::2], said[1::2], gold, config.seed))[0]
-    same = [all(side.tokens.tobytes() in states for side in sides) for sides in tokenize_rows(rows, tokenizer, eos=False)]
-    print(f'{len(prompts)} pairs sampled, {sum(same)} kept: the others were equal or empty, or have other tokens when they are read again')
-    write_rows(file, [row for row, fits in zip(rows, same) if fits])
-    return states if policy.split else {}
+    rows = label_pairs(prompts, said[::2], said[1::2], gold, config.seed)
+    write_rows(file, rows)
+    if not policy.split: return {}
+    texts = [side for sides in tokenize_rows(clean_rows(rows)[0], tokenizer, eos=False) for side in sides]
+    other = [text for text in texts if text.tokens.tobytes() not in states] # what reads differently once it is text
+    below = jax.jit(lambda model, batch: dict(below=model.below(batch).astype(model.dtype)))
+    found = remember(functools.partial(below, policy), other, 64)['below'] if other else []
+    print(f'{len(rows)} pairs; {len(texts) - len(other)} of {len(texts)} texts have the tokens that were sampled')
+    return states | {text.tokens.tobytes(): state for text, state in zip(other, found)}
 
 # %% ../nbs/44_quickstart.ipynb #d6cd9e58
 def quickstart(config: QuickstartConfig) -> list[dict]: # The rows of `table.json`
