@@ -1,15 +1,11 @@
 "Advantages over several episodes, the clipped losses and normal policies are those of CleanRL, HALOs, tunix and torch."
-import functools, os, re, subprocess, sys
-from pathlib import Path
+import functools, re
 from typing import NamedTuple
 import jax, jax.numpy as jnp, numpy as np, pytest
+from goldens import compile_quickly, double, exact, golden, in_float64, kind
 from rlhf_lab.control import Categorical, Diagonal, Full, Transition, control_loss, full, tanh_correction
 from rlhf_lab.core import whiten
 from rlhf_lab.ppo import gae
-
-golden = Path(__file__).parent/'golden'
-double = jax.config.jax_enable_x64
-kind, exact = ('float64', 1e-10) if double else ('float32', 1e-5)
 
 @functools.cache
 def load():
@@ -26,19 +22,8 @@ def close(found, expected, tolerance=exact):
     assert np.shape(found) == np.shape(expected)
     assert np.abs(np.asarray(found) - expected).max() <= tolerance*max(1, np.abs(expected).max())
 
-@pytest.fixture(autouse=True, scope='module')
-def compile_quickly():
-    "There is more to compile than to compute."
-    jax.config.update('jax_disable_most_optimizations', True)
-    yield
-    jax.config.update('jax_disable_most_optimizations', False)
-
 @pytest.mark.skipif(double, reason='this is the float64 run')
-def test_all_of_this_in_float64():
-    "The same tests, to 1e-10."
-    done = subprocess.run([sys.executable, '-m', 'pytest', '-q', '-p', 'no:cacheprovider', '-p', 'no:xdist', __file__],
-        env=dict(os.environ, JAX_ENABLE_X64='1', JAX_PLATFORMS='cpu'), cwd=golden.parent.parent, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-4000:]
+def test_all_of_this_in_float64(): in_float64(__file__)
 
 # ── advantages ──
 

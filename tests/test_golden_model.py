@@ -1,17 +1,14 @@
 "The transformer is that of the `transformers` library: logits, log-probabilities, entropies and greedy words."
-import functools, json, os, subprocess, sys
-from pathlib import Path
+import functools, json
 import jax, jax.numpy as jnp, numpy as np, pytest
 from flax import nnx
+from goldens import compile_quickly, double, golden, in_float64, kind
 from rlhf_lab.core import Batch, CheckpointError, token_logprobs
 from rlhf_lab.generate import generate
 from rlhf_lab.model import score_tokens
 from rlhf_lab.tokens import train_tokenizer
 from rlhf_lab.weights import config_from_hf, fill, hf_arrays, load_model, read_directory, save_model
 
-golden = Path(__file__).parent/'golden'
-double = jax.config.jax_enable_x64
-kind = 'float64' if double else 'float32'
 tolerance = dict(gpt2=1e-10, llama=1e-5) if double else dict(gpt2=1e-4, llama=1e-4) # the reference's Llama uses float32 inside
 families = pytest.mark.parametrize('family', ['gpt2', 'llama'])
 
@@ -41,19 +38,8 @@ def turned(family, seed):
     wide = lambda x: np.pad(np.array(x), ((0, 0), (0, 16 - real.shape[1])))
     return jnp.asarray(wide(rows), jnp.int32), wide(masks), cut, real, width
 
-@pytest.fixture(autouse=True, scope='module')
-def compile_quickly():
-    "Twice as fast here: there is much to compile and little to compute."
-    jax.config.update('jax_disable_most_optimizations', True)
-    yield
-    jax.config.update('jax_disable_most_optimizations', False)
-
 @pytest.mark.skipif(double, reason='this is the float64 run')
-def test_all_of_this_in_float64():
-    "The same tests: GPT-2 to 1e-10, Llama to 1e-5."
-    done = subprocess.run([sys.executable, '-m', 'pytest', '-q', '-p', 'no:cacheprovider', '-p', 'no:xdist', __file__],
-        env=dict(os.environ, JAX_ENABLE_X64='1', JAX_PLATFORMS='cpu'), cwd=golden.parent.parent, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-4000:]
+def test_all_of_this_in_float64(): in_float64(__file__)
 
 @families
 def test_logits(family):
