@@ -1,14 +1,15 @@
-"Run notebooks and keep what they show: `python .ci/notebooks.py [names…]`, as 33_ppo. Texts of libraries about the machine are dropped."
-import json, subprocess, sys
+"Run notebooks and keep what they show: `python .ci/notebooks.py [names…]`, as 33_ppo. Warnings and what names a path of this machine are dropped."
+import json, re, subprocess, sys
 from pathlib import Path
 import nbformat
 from nbclient import NotebookClient
 
 root = Path(__file__).resolve().parent.parent
+place = re.compile(r'(?<![\w.:/])/(work|home|root|tmp|Users|mnt|opt|var)/[\w.-]+')
 
 def shown(output) -> bool:
     "Is this something a reader wants to see?"
-    return output.output_type != 'error' and output.get('name') != 'stderr' and 'application/vnd.jupyter.widget-view+json' not in output.get('data', {})
+    return not place.search(json.dumps(output)) and output.output_type != 'error' and output.get('name') != 'stderr' and 'application/vnd.jupyter.widget-view+json' not in output.get('data', {})
 
 def run(file: Path):
     "Execute a notebook in its folder; what it shows is written back, nothing else changes."
