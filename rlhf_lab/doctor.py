@@ -370,7 +370,7 @@ def fitting(signs: tuple, run: Run) -> tuple:
     file = run.path/'config.json'
     settings = json.loads(file.read_text(encoding='utf-8')) if file.exists() else {}
     endless = not (settings.get('eos', True) and settings.get('stop_at_eos', True))
-    return tuple(sign for sign in signs if not (endless and 'lab/frac_eos' in sign.reads))
+    return tuple(sign for sign in signs if not (endless and {'lab/frac_eos', 'lab/eos_logp'} & set(sign.reads)))
 
 def watched(
     updates, # Of (state, measurements, …), as `fit` and `practise` yield them

@@ -186,3 +186,9 @@ def test_a_folder_without_metrics_is_one_line(tmp_path, capsys):
         assert main(['examine', str(folder)]) == 3
         err = capsys.readouterr().err
         assert err.startswith('error: ') and err.count('\n') == 1 and words in err
+
+def test_where_completions_were_cut_off_nobody_misses_their_end(tmp_path):
+    ending = [sign for sign in DPO_SIGNS if 'lab/eos_logp' in sign.reads]
+    for eos, expected in ((True, ending), (False, [])):
+        with Run(tmp_path/str(eos), dict(eos=eos)) as run:
+            assert ending and [sign for sign in fitting(DPO_SIGNS, run) if sign in ending] == expected
