@@ -244,11 +244,11 @@ class Sayings(Ledger):
         if not found: raise LabError(f'no answer {name!r:.40} in {self.name}: it was never stored, or in another store')
         return found[0]
 
-# %% ../nbs/12_feedback.ipynb #bccc7219
+# %% ../nbs/12_feedback.ipynb #0c52e0b7
 later = event.alias('later')
 SAID = event.join(session) # events, and whose
-LAST = sa.select(event, session.c.annotator_id, session.c.consent_scope).select_from(SAID.outerjoin(later, later.c.supersedes == event.c.id)).where(
-    later.c.id.is_(None)).order_by(event.c.id) # the last link of each chain: what is true now, withdrawals too
+LAST = sa.select(event, session.c.annotator_id, session.c.consent_scope, session.c.locale).select_from(
+    SAID.outerjoin(later, later.c.supersedes == event.c.id)).where(later.c.id.is_(None)).order_by(event.c.id) # the last link of each chain: what is true now, withdrawals too
 
 class Judgements(Sayings):
     "What people thought of it."
