@@ -178,12 +178,12 @@ def write_rows(path, rows: list) -> Path:
     with whole_file(path) as file: file.writelines(lines_of(rows))
     return Path(path)
 
-# %% ../nbs/12_feedback.ipynb #1fe5eb07
+# %% ../nbs/12_feedback.ipynb #ad2dafe4
 class Sayings(Ledger):
     "Who is there, which models there are, and what they said."
     def clean(self, value):
         if not isinstance(value, str): return canonical(value) if isinstance(value, (list, dict)) else value
-        return clean(value) if self.path else clean(value).replace('\\0', '\\ufffd')
+        return clean(value) if self.path else clean(value).replace('\0', '\ufffd')
 
     def insert(self, table: sa.Table, **values): # Lists and objects become JSON
         if odd := values.keys() - table.c.keys(): raise UsageError(f'{table.name} has no column {min(odd)!r:.40}')
@@ -244,7 +244,7 @@ class Sayings(Ledger):
         if not found: raise LabError(f'no answer {name!r:.40} in {self.name}: it was never stored, or in another store')
         return found[0]
 
-# %% ../nbs/12_feedback.ipynb #0c52e0b7
+# %% ../nbs/12_feedback.ipynb #003982ed
 later = event.alias('later')
 SAID = event.join(session) # events, and whose
 LAST = sa.select(event, session.c.annotator_id, session.c.consent_scope, session.c.locale).select_from(
@@ -323,7 +323,7 @@ class Judgements(Sayings):
     def votes(self) -> list: # Columns of `generation`, and value, event_id, voted, annotator_id
         "The live thumbs, each with its answer."
         query = LAST.with_only_columns(generation, event.c.payload, event.c.id.label('event_id'), event.c.ts.label('voted'), session.c.annotator_id)
-        rows = self.read(query.join(generation, event.c.subject == 'thumb ' + generation.c.id).where(event.c.kind == 'thumb', event.c.erased.is_(None)))
+        rows = self.read(query.join(generation, event.c.subject == 'thumb ' + generation.c.id).where(event.c.kind == 'thumb', event.c.erased.is_(None), generation.c.erased.is_(None)))
         return [dict(row, value=json.loads(row.pop('payload'))['value']) for row in rows]
 
 # %% ../nbs/12_feedback.ipynb #89bd1d0c

@@ -51,16 +51,18 @@ def migrate(connection, name):
     if found and 'alembic_version' not in sa.inspect(connection).get_table_names(): command.stamp(config, found)
     command.upgrade(config, 'head')
 
-# %% ../nbs/05_ledger.ipynb #f295617d
+# %% ../nbs/05_ledger.ipynb #4b5f38bf
 def open_engine(
     url, # As `sqlalchemy.make_url` gives it
     wait: float, # Seconds to wait for another writer
 ): # An engine of SQLAlchemy
     "Connections that keep what they acknowledged."
     import sqlalchemy as sa
-    if url.get_backend_name() != 'sqlite':
-        engine = sa.create_engine(url.set(drivername='postgresql+psycopg'), pool_pre_ping=True,
-            connect_args=dict(options=f'-c lock_timeout={int(wait*1000)}'))
+    if url.get_backend_name() == 'postgresql':
+        limits = f'-c lock_timeout={int(wait*1000)}'
+        try: engine = sa.create_engine(url.set(drivername='postgresql+psycopg'), pool_pre_ping=True, connect_args=dict(options=limits))
+        except ImportError: raise LabError(f'{url.host} needs the driver of PostgreSQL: pip install "rlhf-lab[postgres]"') from None
+    elif url.get_backend_name() != 'sqlite': raise LabError(f'{url.get_backend_name():.20} cannot keep feedback: name an SQLite file or a PostgreSQL URL')
     else: engine = sa.create_engine(url, connect_args=dict(timeout=wait), pool_use_lifo=True)
 
     @sa.event.listens_for(engine, 'connect')

@@ -1,7 +1,7 @@
 "The app from outside: what it serves, what it refuses, and a person's visit in a real browser."
 import asyncio, json, queue, shutil, socket, sqlite3, threading, time
 from pathlib import Path
-import pytest, uvicorn
+import pytest, sqlalchemy, uvicorn
 from fastapi.testclient import TestClient
 from starlette.routing import Route
 from rlhf_lab import app as lab
@@ -109,7 +109,7 @@ def test_a_vote_sets_what_the_person_saw(client, store):
     ids = {'sft': store.record('Hi', 'Hello!', model='sft')}
     for label, now in (('Like', 'up'), ('Like', 'up'), ('Liked ✓', 'none'), ('Liked ✓', 'none')):
         assert call(client, 'up-sft', label, ids).status_code == 200 and store.value(ids['sft']) == now
-    assert store.read('SELECT count(*) AS n FROM event WHERE generation_id = ?', ids['sft']) == [{'n': 2}]
+    assert store.read('SELECT count(*) AS n FROM event WHERE subject = :subject', subject=f'thumb {ids["sft"]}') == [{'n': 2}]
 
 def test_ids_from_a_browser_are_not_believed(client):
     reply = call(client, 'load', {'sft': '../../etc/passwd', 'evil': 'x'}).json()
@@ -155,7 +155,7 @@ def test_errors_are_sentences_and_secrets_stay(store, capsys):
 
 def test_a_store_that_cannot_write_costs_the_vote_only(tmp_path):
     store = Feedback(tmp_path/'votes.db')
-    store.db.execute('PRAGMA query_only = 1')
+    sqlalchemy.event.listen(store.engine, 'begin', lambda connection: connection.exec_driver_sql('PRAGMA query_only = 1'))
     answers = converse(store, 'Hi')
     assert answers['sft'].text == Toy.says['sft'] and 'Not saved' in answers['sft'].note and not answers['sft'].id
     assert 'Not saved' in lab.card('sft', answers['sft']) and not lab.thumb(answers['sft'], 'up')['visible']
