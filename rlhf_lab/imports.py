@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['read_rows', 'understood', 'battle_row', 'kind_of', 'import_rows', 'take']
 
-# %% ../nbs/16_imports.ipynb #b76f869a
+# %% ../nbs/16_imports.ipynb #230bdbf7
 import json, tempfile
 from collections import Counter
 from pathlib import Path
 import sqlalchemy as sa
-from .core import DataError
+from .core import DataError, UsageError
 from .data import load_rows
-from .feedback import Feedback, canonical, generation, sha256
+from .feedback import Feedback, canonical, checked, generation, sha256
 from .forms import WINNERS
 from .rows import BadRow, normal_row, parse, read_json, row_type, said
 
@@ -59,7 +59,7 @@ def kind_of(rows: list[dict]) -> str:
     if {'winner', 'conversation_a', 'conversation_b', 'model_a', 'model_b'} <= columns: return 'arena'
     return 'best' if {'completions', 'best'} <= columns else 'rating' if {'completion', 'rating'} <= columns else row_type(rows)
 
-# %% ../nbs/16_imports.ipynb #8f6a914b
+# %% ../nbs/16_imports.ipynb #0caa6f93
 def import_rows(
     store: Feedback,
     source: str, # A file, a folder or a hub id
@@ -73,15 +73,17 @@ def import_rows(
     sessions, last = {}, None
     with store.transaction():
         for row in rows:
-            try: prompt, answers, judgement, payload, judge = understood(row, kind)
-            except BadRow as error: counts['malformed'] += 1; last = error; continue
+            try:
+                prompt, answers, judgement, payload, judge = understood(row, kind)
+                checked(judgement, range(len(answers)), payload)
+            except (BadRow, UsageError) as error: counts['malformed'] += 1; last = error; continue
             if judge not in sessions: sessions[judge] = store.session(f'{name}:{judge}' if judge else name, scope)
             targets = [take(store, prompt, text, model, name, sessions[judge]) for text, model in answers]
             if len(set(targets)) < len(targets): counts['identical'] += 1; continue
             counts['judgements' if store.judge(judgement, targets, payload, session=sessions[judge]) else 'known before'] += 1
         if not counts['judgements'] + counts['known before']:
-            column, what, way_out = last.args if last else ('', 'all answers to one prompt are alike', 'nothing can be learned')
-            raise DataError(f'{source}: not one row could be used: {f"column {column!r} "*bool(column)}{what}: {way_out}')
+            why = f'column {last.args[0]!r} {last.args[1]}: {last.args[2]}' if isinstance(last, BadRow) else last or 'all answers are alike'
+            raise DataError(f'{source}: not one row could be used: {why}')
     return counts
 
 def take(store: Feedback, prompt, text: str, model: str, source: str, session: str) -> str: # Its id
