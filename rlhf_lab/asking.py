@@ -11,7 +11,7 @@ import sqlalchemy as sa
 from .core import LabError, UsageError
 from .feedback import Feedback, battle, canonical, label_item, lease, session, ulid
 
-# %% ../nbs/18_asking.ipynb #c37a41e7
+# %% ../nbs/18_asking.ipynb #8597fd2b
 def open_battle(
     store: Feedback,
     left: str, right: str, # Ids of generations
@@ -23,8 +23,8 @@ def open_battle(
     name = secrets.token_hex(16)
     with store.transaction():
         for one in (left, right): store.generation(one)
-        store.insert(battle, id=name, session_id=store.member(who)['id'], left_gen=left, right_gen=right, pair_p=pair_p, left_p=left_p, state='open',
-            created=time.time_ns()//1000)
+        store.insert(battle, id=name, session_id=store.member(who)['id'], left_gen=left, right_gen=right, pair_p=pair_p, left_p=left_p,
+            state='open', created=time.time_ns()//1000)
     return name
 
 def close_battle(store: Feedback, name: str, state: str): # voted, skipped, expired
@@ -34,7 +34,7 @@ def close_battle(store: Feedback, name: str, state: str): # voted, skipped, expi
         ended = db.execute(battle.update().where(battle.c.id == name, battle.c.state == 'open').values(state=state))
         if not ended.rowcount: raise LabError(f'the battle {name!r:.12} is not open')
 
-# %% ../nbs/18_asking.ipynb #09ee9302
+# %% ../nbs/18_asking.ipynb #fc72e5e8
 def add_item(
     store: Feedback,
     mode: str, # pair, rank, rating, edit
@@ -61,15 +61,17 @@ def borrow(
     with store.transaction() as db:
         me = store.member(who)
         mine = sa.select(lease.c.item_id).join(session).where(session.c.annotator_id == me['annotator_id'])
-        counts = sa.func.count(lease.c.item_id).filter((lease.c.state == 'submitted') | lease.c.state.not_in(TAKEN) & (lease.c.expires > now))
+        lent = lease.c.state.not_in(TAKEN) & (lease.c.expires > now)
+        counts = sa.func.count(lease.c.item_id).filter((lease.c.state == 'submitted') | lent)
         items = sa.select(label_item, counts.label('n')).select_from(label_item.outerjoin(lease)).group_by(label_item.c.id)
         own = store.read(items.where(label_item.c.id.in_(mine.where(lease.c.state.not_in(TAKEN)))).limit(1))
         free = items.where(label_item.c.id.not_in(mine)).having(counts < label_item.c.min_submitted).order_by(sa.text('n'), label_item.c.id)
         if not (found := own or store.read(free.limit(1))): return None
         loan = dict(item_id=found[0]['id'], session_id=me['id'])
-        drafts = store.read(sa.select(lease.c.draft).join(session).where(lease.c.item_id == loan['item_id'], session.c.annotator_id == me['annotator_id']))
-        db.execute(lease.delete().where(lease.c.item_id == loan['item_id'], lease.c.state.not_in(TAKEN), lease.c.session_id.in_(
-            sa.select(session.c.id).where(session.c.annotator_id == me['annotator_id']))))
+        before = (lease.c.item_id == loan['item_id']) & lease.c.session_id.in_(
+            sa.select(session.c.id).where(session.c.annotator_id == me['annotator_id']))
+        drafts = store.read(sa.select(lease.c.draft).where(before))
+        db.execute(lease.delete().where(before)) # it is lent anew
         draft = drafts[0]['draft'] if drafts else ''
         store.insert(lease, **loan, state='draft' if draft else 'pending', draft=draft, expires=now + int(seconds*1e6))
     return dict(id=found[0]['id'], mode=found[0]['mode'], answers=json.loads(found[0]['generation_ids']), draft=draft)

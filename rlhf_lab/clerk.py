@@ -17,7 +17,7 @@ from .imports import import_rows
 from .runs import setting
 from .upkeep import Mirror, backup, erase, page
 
-# %% ../nbs/19_clerk.ipynb #4bf09448
+# %% ../nbs/19_clerk.ipynb #4aff4c14
 @dataclasses.dataclass
 class StoreConfig:
     "Where the feedback is."
@@ -37,9 +37,10 @@ def list_feedback(config: FeedbackListConfig):
     short = lambda text: ' '.join(text.split())[:40]
     for row in page(config.open(), config.limit, config.before, config.kinds):
         value = row['payload'].get('value') or ' '.join(f'{key}={value}' for key, value in row['payload'].items())
-        print(row['id'], row['kind'], row['annotator_id'], short(value), '|', short(row['prompt']), '|', ' / '.join(map(short, row['completions'])))
+        words = ' | '.join([short(row['prompt']), *map(short, row['completions'])])
+        print(row['id'], row['kind'], row['annotator_id'], short(value), '|', words)
 
-# %% ../nbs/19_clerk.ipynb #dfa1badd
+# %% ../nbs/19_clerk.ipynb #e349b23f
 def stats(config: StoreConfig):
     "Print how much there is, by whom, and what became of it."
     store = config.open()
@@ -51,9 +52,10 @@ def stats(config: StoreConfig):
     print(f'people      {tally(Counter(row["annotator_id"] for row in live)) or "none"}')
     print(f'checkpoints {n(checkpoint)}')
     for row in store.read(sa.select(dataset_version).order_by(dataset_version.c.created)):
-        print(f'version     {row["id"]}: {tally(json.loads(row["n_per_kind"]))}; left out {tally(json.loads(row["excluded"])) or "nothing"}')
+        used, out = (tally(json.loads(row[name])) or 'nothing' for name in ('n_per_kind', 'excluded'))
+        print(f'version     {row["id"]}: {used}; left out {out}')
 
-# %% ../nbs/19_clerk.ipynb #5f43c10a
+# %% ../nbs/19_clerk.ipynb #52964f22
 @dataclasses.dataclass
 class FeedbackExportConfig(StoreConfig):
     "Freeze the live judgements as a data set, with card and manifest."
@@ -65,8 +67,8 @@ class FeedbackExportConfig(StoreConfig):
 
 def export(config: FeedbackExportConfig):
     "Write a version and print what is in it and what was left out."
-    store, filters = config.open(), config.filters
-    version = freeze(store, config.out, config.formats, config.licence, **{f.name: getattr(filters, f.name) for f in dataclasses.fields(filters)})
+    filters = {field.name: getattr(config.filters, field.name) for field in dataclasses.fields(config.filters)}
+    version = freeze(config.open(), config.out, config.formats, config.licence, **filters)
     for name in config.formats if config.csv else ():
         rows = [json.loads(line) for line in open(version.folder/'data'/f'{name}.jsonl', encoding='utf-8')] if version.counts[name] else []
         if rows: write_csv(version.folder.parent/f'{version.id}-{name}.csv', rows)

@@ -7,18 +7,18 @@ __all__ = ['FORMULA', 'Filters', 'too_fast', 'leaked', 'same_words', 'hidden_ans
            'write_format', 'no_mixture', 'statistics_of', 'card', 'freeze', 'tally', 'register', 'write_version',
            'neutral', 'original', 'write_csv']
 
-# %% ../nbs/15_exports.ipynb #eb9dbb97
+# %% ../nbs/15_exports.ipynb #48ed926a
 import csv, dataclasses, hashlib, json, os, re, shutil, statistics, time
 from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Literal, NamedTuple
 import sqlalchemy as sa
 from .core import DataError, LabError, UsageError
-from rlhf_lab.feedback import (LAST, SCOPES, Feedback, canonical, dataset_row, dataset_version, event, label_item, lines_of, prompt_hash, sha256,
-    ulid, whole_file)
+from .feedback import (LAST, SCOPES, Feedback, canonical, dataset_row, dataset_version, event, label_item, lines_of, prompt_hash,
+    sha256, ulid, whole_file)
 from .forms import EXACT, FORMATS, KINDS, Judgement, bare, judgements
 
-# %% ../nbs/15_exports.ipynb #6260c8d5
+# %% ../nbs/15_exports.ipynb #b8b7bf4e
 @dataclasses.dataclass(frozen=True)
 class Filters:
     "Which judgements make a data set."
@@ -38,9 +38,10 @@ class Filters:
         choices = dict(kinds=(KINDS, self.kinds), form=(('', 'text', 'chat'), [self.form]), purpose=(SCOPES, [self.purpose]),
             split=(('train', 'validation', 'all'), [self.split]))
         for name, (known, given) in choices.items():
-            if isinstance(given, str) or not set(given) <= set(known): raise UsageError(f'{name} is {given!r:.60}: choose from {", ".join(known[:9])}')
+            if isinstance(given, str) or not set(given) <= set(known):
+                raise UsageError(f'{name} is {given!r:.60}: choose from {", ".join(filter(None, known))}')
 
-# %% ../nbs/15_exports.ipynb #edd0683f
+# %% ../nbs/15_exports.ipynb #756d88ea
 def too_fast(one: Judgement) -> bool|None:
     "Faster than anyone reads: 0.3 s, and a second for 50 characters."
     if (latency := one.ui.get('latency_ms')) is None: return None
@@ -49,7 +50,8 @@ def too_fast(one: Judgement) -> bool|None:
 def leaked(one: Judgement) -> bool:
     "Did an answer say in a blind comparison who wrote it?"
     text = ' '.join(answer['completion'] for answer in one.answers).casefold()
-    return bool(one.ui.get('blind')) and any(re.search(rf'\b{re.escape(answer["model"].casefold())}\b', text) for answer in one.answers if answer['model'])
+    names = {answer['model'].casefold() for answer in one.answers if answer['model']}
+    return bool(one.ui.get('blind')) and any(re.search(rf'\b{re.escape(name)}\b', text) for name in names)
 
 def same_words(one: Judgement) -> bool:
     return len(one.answers) > 1 and len({answer['completion'].strip() for answer in one.answers}) == 1
@@ -69,7 +71,7 @@ def careless(store: Feedback, judged: list[Judgement], least: float) -> set: # O
         if known is not None: right[one.annotator].append(known == one.payload)
     return {name for name, marks in right.items() if len(marks) > 2 and statistics.mean(marks) < least}
 
-# %% ../nbs/15_exports.ipynb #78bac9ef
+# %% ../nbs/15_exports.ipynb #8c6083a2
 def reasons(store: Feedback, judged: list[Judgement], filters: Filters) -> dict: # By name: a function of a judgement
     "Every filter, in the order in which they are asked."
     hidden, failed, taken = hidden_answers(store), careless(store, judged, filters.gold), Counter()
@@ -81,7 +83,7 @@ def reasons(store: Feedback, judged: list[Judgement], filters: Filters) -> dict:
         'erased': any_answer(lambda answer: answer['erased']),
         f'no {filters.purpose} consent': lambda one: filters.purpose not in one.scope.split(','),
         'skipped': lambda one: one.kind == 'skip',
-        'not asked for': lambda one: one.kind not in filters.kinds or one.id <= filters.since or 0 < len(filters.until) and one.id > filters.until
+        'not asked for': lambda one: one.kind not in filters.kinds or not filters.since < one.id <= (filters.until or '~')
             or filters.annotators and one.annotator not in filters.annotators
             or filters.models and any(answer['model'] not in filters.models for answer in one.answers),
         'moderated': any_answer(lambda answer: answer['id'] in hidden),
@@ -125,7 +127,7 @@ def no_mixture(rows: list[dict], name: str):
     if len({type(row.get('prompt', row.get('chosen'))) for row in rows}) > 1:
         raise DataError(f'{name} cannot hold chats and plain texts in one column: freeze them apart, with form=text and form=chat')
 
-# %% ../nbs/15_exports.ipynb #1aba7110
+# %% ../nbs/15_exports.ipynb #c0fcbff3
 def statistics_of(kept: list[Judgement], rows: list[dict]) -> str:
     "Who judged, how far they agree, and whether the left side is favoured."
     each = Counter(one.annotator for one in kept)
@@ -133,8 +135,10 @@ def statistics_of(kept: list[Judgement], rows: list[dict]) -> str:
     shared = [row['meta_agreement'] for row in rows if row.get('meta_n', 1) > 1]
     lines = [f'- people: {len(each)}, with {min(each.values())} to {max(each.values())} judgements each',
         f'- judgements: {", ".join(f"{n} {kind}" for kind, n in sorted(Counter(one.kind for one in kept).items()))}']
-    if sides := chosen['a'] + chosen['b']: lines.append(f'- position bias: the first answer was chosen in {chosen["a"]/sides:.0%} of {sides} decided pairs')
-    if shared: lines.append(f'- agreement: {statistics.mean(shared):.0%} of the votes on {len(shared)} pairs with several votes follow the majority')
+    if sides := chosen['a'] + chosen['b']:
+        lines.append(f'- position bias: the first answer was chosen in {chosen["a"]/sides:.0%} of {sides} decided pairs')
+    if shared:
+        lines.append(f'- agreement: on {len(shared)} pairs with several votes, {statistics.mean(shared):.0%} follow the majority')
     return '\n'.join(lines)
 
 def card(facts: dict, about: str, licence: str) -> str:
@@ -143,13 +147,14 @@ def card(facts: dict, about: str, licence: str) -> str:
     configs += [(f'{name}_meta', f'data/{name}.jsonl') for name, n in facts['counts'].items() if n and name not in EXACT]
     head = [f'license: {licence}', 'tags: [rlhf, preference]', 'configs:']
     head += [f'- config_name: {name}\n  data_files: {file}' for name, file in configs]
-    out = [f'| {reason} | {n} |' for reason, n in facts['excluded'].items()] + [f'| {why}: unknown, kept | {n} |' for why, n in facts['unknown'].items()]
+    out = facts['excluded'] | {f'{reason}: unknown, kept': n for reason, n in facts['unknown'].items()}
+    table = lambda counts: [f'| {name} | {n} |' for name, n in counts.items()]
     return '\n'.join(['---', *head, '---', f'# {facts["id"]}', '',
         f'{facts["used"]} of {facts["judgements"]} judgements, by people who agreed to “{facts["filter_spec"]["purpose"]}”. '
         'Everybody may take a judgement back: then it is in no later version.', '', '| form | rows |', '|---|---|',
-        *(f'| {name} | {n} |' for name, n in facts['counts'].items()), '', about, '', '| left out | judgements |', '|---|---|', *out, ''])
+        *table(facts['counts']), '', about, '', '| left out | judgements |', '|---|---|', *table(out), ''])
 
-# %% ../nbs/15_exports.ipynb #b3a07bd2
+# %% ../nbs/15_exports.ipynb #45e4963c
 def freeze(
     store: Feedback,
     folder, # The version becomes a folder in this one
@@ -159,22 +164,23 @@ def freeze(
 ) -> Version:
     "A data set out of the live judgements. Raises UsageError for a form or a filter that does not exist, DataError when nothing is left."
     names = [field.name for field in dataclasses.fields(Filters)]
-    if odd := [name for name in formats if name not in FORMATS]: raise UsageError(f'there is no form {odd[0]!r:.40}: choose from {", ".join(FORMATS)}')
-    if odd := filters.keys() - set(names): raise UsageError(f'there is no filter {min(odd)!r:.40}: choose from {", ".join(names)}')
+    for kind, given, known in (('form', formats, FORMATS), ('filter', filters, names)):
+        if odd := sorted(set(given) - set(known)): raise UsageError(f'there is no {kind} {odd[0]!r:.40}: choose from {", ".join(known)}')
     filters, judged = Filters(**filters), judgements(store)
     kept, out, unknown = sift(judged, reasons(store, judged, filters))
     rows = {name: FORMATS[name](kept) for name in formats}
     used = {name for made in rows.values() for row in made for name in row['meta_events']}
     if idle := len(kept) - len(used): out['gave no row'] = idle
-    if not used: raise DataError(f'alarm: all of {len(judged)} judgements were left out ({tally(out) or "there are none"}): nothing was frozen')
+    if not used:
+        raise DataError(f'alarm: all of {len(judged)} judgements were left out ({tally(out) or "there are none"}): nothing was frozen')
     for name, made in rows.items(): no_mixture(made, name)
     digest = sha256(''.join(name + line for name, made in rows.items() for line in lines_of(made)))
-    facts = dict(filter_spec=dataclasses.asdict(filters), event_high_water=judged[-1].id, judgements=len(judged), used=len(used), excluded=dict(out),
-        unknown=dict(unknown), counts={name: len(made) for name, made in rows.items()}, content_sha256=digest)
+    facts = dict(filter_spec=dataclasses.asdict(filters), event_high_water=judged[-1].id, judgements=len(judged), used=len(used),
+        excluded=dict(out), unknown=dict(unknown), counts={name: len(made) for name, made in rows.items()}, content_sha256=digest)
     facts |= dict(n_per_kind=dict(Counter(one.kind for one in kept if one.id in used)))
     facts = register(store, facts, rows)
-    return Version(facts['id'], write_version(Path(folder), facts, rows, statistics_of(kept, rows.get('preference', [])), licence), facts['counts'],
-        facts['excluded'], facts['unknown'])
+    place = write_version(Path(folder), facts, rows, statistics_of(kept, rows.get('preference', [])), licence)
+    return Version(facts['id'], place, facts['counts'], facts['excluded'], facts['unknown'])
 
 def tally(counts: dict) -> str: return ', '.join(f'{n} {reason}' for reason, n in counts.items())
 
@@ -184,8 +190,10 @@ def register(store: Feedback, facts: dict, rows: dict) -> dict: # With `id`, `pa
         for name in ('filter_spec', 'event_high_water', 'n_per_kind', 'content_sha256', 'excluded')}
     with store.transaction() as db:
         versions = store.read(sa.select(dataset_version).order_by(dataset_version.c.created))
-        if same := [one for one in versions if columns.items() <= one.items()]: return facts | {name: same[0][name] for name in ('id', 'parent', 'created')}
-        born = dict(id=f'fb-v{len(versions) + 1}-{facts["content_sha256"][:12]}', parent=versions[-1]['id'] if versions else None, created=time.time_ns()//1000)
+        same = [one for one in versions if columns.items() <= one.items()]
+        if same: return facts | {name: same[0][name] for name in ('id', 'parent', 'created')}
+        name, parent = f'fb-v{len(versions) + 1}-{facts["content_sha256"][:12]}', versions[-1]['id'] if versions else None
+        born = dict(id=name, parent=parent, created=time.time_ns()//1000)
         store.insert(dataset_version, **columns, **born)
         origins = [dict(dataset_version=born['id'], format=name, row_hash=sha256(canonical(bare(row))), event_id=one)
             for name, made in rows.items() for row in made for one in row['meta_events']]
@@ -199,7 +207,8 @@ def write_version(folder: Path, facts: dict, rows: dict, about: str, licence: st
         for name, made in rows.items():
             if made: write_format(draft, name, made)
         with whole_file(draft/'README.md') as file: file.write(card(facts, about, licence))
-        files = {str(file.relative_to(draft)): hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(draft.rglob('*')) if file.is_file()}
+        files = [file for file in sorted(draft.rglob('*')) if file.is_file()]
+        files = {str(file.relative_to(draft)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
         with whole_file(draft/'MANIFEST.json') as file: json.dump(facts | dict(files=files), file, indent=1, ensure_ascii=False)
         if place.exists(): shutil.rmtree(place)
         os.replace(draft, place)

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['newest', 'one_at_a_time', 'SCHEMA', 'TYPES', 'session', 'dataset_version', 'checkpoint', 'generation', 'event',
-           'dataset_row', 'battle', 'label_item', 'lease', 'SCOPES', 'CHOICES', 'TARGETS', 'later', 'SAID', 'LAST',
-           'ulid', 'column', 'table', 'clean', 'canonical', 'sha256', 'prompt_hash', 'split_of', 'checked',
+           'dataset_row', 'battle', 'label_item', 'lease', 'SCOPES', 'CHOICES', 'ONE', 'TARGETS', 'later', 'SAID',
+           'LAST', 'ulid', 'column', 'table', 'clean', 'canonical', 'sha256', 'prompt_hash', 'split_of', 'checked',
            'subject_of', 'sides', 'unpaired', 'paired', 'whole_file', 'lines_of', 'write_rows', 'Sayings', 'Judgements',
            'Feedback']
 
@@ -43,7 +43,7 @@ def table(title: str, /, **columns: str) -> sa.Table:
     "A table of the store; SQLite checks the types, too."
     return sa.Table(title, SCHEMA, *itertools.starmap(column, columns.items()), sqlite_strict=True)
 
-# %% ../nbs/12_feedback.ipynb #0f6f6fa8
+# %% ../nbs/12_feedback.ipynb #edd4cc38
 session = table('session',
     id='text key', # SHA-256 of what the browser holds: who steals the store can vote for nobody
     annotator_id='text index', created='int',
@@ -65,7 +65,8 @@ generation = table('generation', id='text key', ts='int', session_id='text sessi
     messages='text?', # Exactly as sent; NULL: the prompt was plain text, with no chat template
     rendered_prompt_sha256='text?', prompt_sha256='text index', split='text', prompt_token_ids='text?',
     completion='text', completion_token_ids='text?', logprobs='text?', finish_reason='text', # stop, length, stopped
-    model='text', stage='text', iteration='int?', run='text', weights_sha256='text?', tokenizer_sha256='text?', chat_template_sha256='text?',
+    model='text', stage='text', iteration='int?', run='text', weights_sha256='text?',
+    tokenizer_sha256='text?', chat_template_sha256='text?',
     sampling='text', # temperature, top_p, top_k, max_tokens, stop, seed, rng_impl
     backend='text', # jax, jaxlib, device, dtype
     t_start='int?', t_first='int?', t_end='int?', truncated_tokens='int', source='text', error='text?', erased='int?')
@@ -103,10 +104,11 @@ def split_of(digest: str) -> str: # train or validation
     "One prompt in ten is for validation."
     return 'train' if int(digest, 16) % 10 else 'validation'
 
-# %% ../nbs/12_feedback.ipynb #247f70ed
+# %% ../nbs/12_feedback.ipynb #bae6f95a
 SCOPES = 'store', 'train', 'publish'
 CHOICES = {'thumb': ('up', 'down'), 'pair': ('a', 'b', 'both_good', 'both_bad'), 'moderate': ('hide', 'quarantine', 'release')}
-TARGETS = dict(thumb=(1, 1), rating=(1, 1), edit=(1, 1), flag=(1, 1), moderate=(1, 1), pair=(2, 2), rank=(2, 99), skip=(1, 99), consent=(0, 0))
+ONE = 1, 1 # How many answers a judgement is about, at least and at most
+TARGETS = dict(thumb=ONE, rating=ONE, edit=ONE, flag=ONE, moderate=ONE, pair=(2, 2), rank=(2, 99), skip=(1, 99), consent=(0, 0))
 
 def checked(kind: str, targets: list, payload: dict) -> dict: # What is stored
     "A judgement that makes sense, or UsageError. One choice may have any name: `{'value': 'a'}`, `{'winner': 'a'}`."
@@ -244,11 +246,12 @@ class Sayings(Ledger):
         if not found: raise LabError(f'no answer {name!r:.40} in {self.name}: it was never stored, or in another store')
         return found[0]
 
-# %% ../nbs/12_feedback.ipynb #003982ed
+# %% ../nbs/12_feedback.ipynb #60082abd
 later = event.alias('later')
 SAID = event.join(session) # events, and whose
 LAST = sa.select(event, session.c.annotator_id, session.c.consent_scope, session.c.locale).select_from(
-    SAID.outerjoin(later, later.c.supersedes == event.c.id)).where(later.c.id.is_(None)).order_by(event.c.id) # the last link of each chain: what is true now, withdrawals too
+    SAID.outerjoin(later, later.c.supersedes == event.c.id)).where(later.c.id.is_(None)).order_by(event.c.id)
+# LAST: the last link of each chain, which is what is true now; withdrawals, too
 
 class Judgements(Sayings):
     "What people thought of it."
@@ -281,7 +284,8 @@ class Judgements(Sayings):
             return self.append(new, subject_of(kind, targets), who, old, nonce, ui or {})
 
     def append(self, new: dict, subject: str, who: dict, old: dict|None, nonce: str, ui: dict) -> str|None:
-        words = canonical([new['kind'], new['target_ids'], nonce or [old and old['id'], new['payload'], new['comment'], new['reason_codes']]])
+        click = nonce or [old and old['id'], new['payload'], new['comment'], new['reason_codes']]
+        words = canonical([new['kind'], new['target_ids'], click])
         key = hmac.new(who['id'].encode(), words.encode(), 'sha256').hexdigest()
         if self.read(sa.select(event.c.id).where(event.c.idempotency_key == key)): return None
         ui, guideline = {k: v for k, v in ui.items() if k != 'guideline_version'}, ui.get('guideline_version')
@@ -322,8 +326,9 @@ class Judgements(Sayings):
 
     def votes(self) -> list: # Columns of `generation`, and value, event_id, voted, annotator_id
         "The live thumbs, each with its answer."
-        query = LAST.with_only_columns(generation, event.c.payload, event.c.id.label('event_id'), event.c.ts.label('voted'), session.c.annotator_id)
-        rows = self.read(query.join(generation, event.c.subject == 'thumb ' + generation.c.id).where(event.c.kind == 'thumb', event.c.erased.is_(None), generation.c.erased.is_(None)))
+        extra = event.c.payload, event.c.id.label('event_id'), event.c.ts.label('voted'), session.c.annotator_id
+        query = LAST.with_only_columns(generation, *extra).join(generation, event.c.subject == 'thumb ' + generation.c.id)
+        rows = self.read(query.where(event.c.kind == 'thumb', event.c.erased.is_(None), generation.c.erased.is_(None)))
         return [dict(row, value=json.loads(row.pop('payload'))['value']) for row in rows]
 
 # %% ../nbs/12_feedback.ipynb #89bd1d0c

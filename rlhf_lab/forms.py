@@ -13,7 +13,7 @@ from itertools import combinations
 from typing import NamedTuple
 from .feedback import LAST, Feedback, event, sides
 
-# %% ../nbs/14_forms.ipynb #17ff5ac4
+# %% ../nbs/14_forms.ipynb #3eca8c6f
 KINDS = 'thumb', 'pair', 'rank', 'rating', 'edit'
 COLUMNS = ('prompt', 'messages', 'completion', 'model', 'split', 'prompt_sha256', 'error', 'erased')
 
@@ -34,16 +34,16 @@ def judgements(store: Feedback) -> list[Judgement]: # By time
     rows = store.read(LAST.where(event.c.kind.in_((*KINDS, 'skip', 'withdraw'))))
     targets = [json.loads(row['target_ids']) for row in rows]
     texts = store.texts({name for names in targets for name in names}, COLUMNS)
-    return [Judgement(row['id'], row['ts'], row['kind'], row['annotator_id'], row['locale'], row['consent_scope'], json.loads(row['payload']),
+    return [Judgement(*(row[name] for name in ('id', 'ts', 'kind', 'annotator_id', 'locale', 'consent_scope')), json.loads(row['payload']),
         json.loads(row['ui']), [texts[name] for name in names]) for row, names in zip(rows, targets)]
 
-# %% ../nbs/14_forms.ipynb #425f57f9
+# %% ../nbs/14_forms.ipynb #0ccc776a
 def comparisons(judged: list[Judgement]) -> list[tuple]: # (better, worse, weight, ids of events), the answers as in `Judgement`
     "Everything that was said about two answers."
     found, scores = [], defaultdict(lambda: defaultdict(list))
     for one in judged:
         if one.payload.get('value') in ('a', 'b'): found.append((*one.answers[::1 if one.payload['value'] == 'a' else -1], 1., [one.id]))
-        if one.kind == 'edit': found.append((dict(one.answers[0], completion=one.payload['completion'], model='edit'), one.answers[0], 1., [one.id]))
+        if one.kind == 'edit': found.append((dict(one.answers[0], **one.payload, model='edit'), one.answers[0], 1., [one.id]))
         if one.kind == 'rank':
             order, share = list(zip(one.payload['ranks'], one.answers)), 2/len(one.answers)/(len(one.answers) - 1)
             found += [(x, y, share, [one.id]) if i < j else (y, x, share, [one.id]) for (i, x), (j, y) in combinations(order, 2) if i != j]
@@ -57,7 +57,7 @@ def comparisons(judged: list[Judgement]) -> list[tuple]: # (better, worse, weigh
                 found.append((ups[0][1].answers[0], downs[0][1].answers[0], 1., [one.id for _, one in ups + downs]))
     return found
 
-# %% ../nbs/14_forms.ipynb #c3db4a84
+# %% ../nbs/14_forms.ipynb #7cb9b4a0
 def preference(judged: list[Judgement]) -> list[dict]: # Rows; `meta_events` are the ids of the events behind each
     "Pairs with an explicit prompt: `{prompt, chosen, rejected}`, which DPO wants."
     votes, rows = defaultdict(list), []
@@ -69,7 +69,8 @@ def preference(judged: list[Judgement]) -> list[dict]: # Rows; `meta_events` are
         if abs(for_first) < 1e-9: continue
         agreeing = [vote for vote in said if (vote[0]['completion'] == first) == (for_first > 0)]
         (better, worse, *_), total = agreeing[0], sum(vote[2] for vote in said)
-        rows.append(dict(zip(('prompt', 'chosen', 'rejected'), (*sides(better), sides(worse)[1])), meta_n=len(said), meta_weight=round(abs(for_first), 6),
+        row = dict(zip(('prompt', 'chosen', 'rejected'), (*sides(better), sides(worse)[1])))
+        rows.append(dict(row, meta_n=len(said), meta_weight=round(abs(for_first), 6),
             meta_agreement=round(sum(vote[2] for vote in agreeing)/total, 6), meta_models=[better['model'], worse['model']],
             meta_events=sorted({name for vote in said for name in vote[3]})))
     return rows
@@ -102,7 +103,7 @@ def prompts(judged: list[Judgement]) -> list[dict]:
     for one in judged: asked[one.answers[0]['prompt_sha256']].append(one)
     return [dict(prompt=sides(said[0].answers[0])[0], meta_events=[one.id for one in said]) for said in asked.values()]
 
-# %% ../nbs/14_forms.ipynb #7085c603
+# %% ../nbs/14_forms.ipynb #4d4d048b
 def dialogue(prompt, answer) -> str:
     "`\n\nHuman: …\n\nAssistant: …`; whoever is not the assistant is human."
     if isinstance(prompt, str): prompt, answer = [dict(role='user', content=prompt)], [dict(role='assistant', content=answer)]
@@ -130,7 +131,8 @@ def arena(judged: list[Judgement]) -> list[dict]:
         return prompt + said if answer['messages'] else [dict(role='user', content=prompt), dict(role='assistant', content=said)]
     return [dict(question_id=one.id, model_a=one.answers[0]['model'], model_b=one.answers[1]['model'], winner=WINNERS[one.payload['value']],
         judge=one.annotator, conversation_a=talk(one.answers[0]), conversation_b=talk(one.answers[1]), turn=len(talk(one.answers[0]))//2,
-        anony=bool(one.ui.get('blind')), language=one.locale or 'unknown', tstamp=one.ts/1e6, meta_events=[one.id]) for one in judged if one.kind == 'pair']
+        anony=bool(one.ui.get('blind')), language=one.locale or 'unknown', tstamp=one.ts/1e6,
+        meta_events=[one.id]) for one in judged if one.kind == 'pair']
 
 # %% ../nbs/14_forms.ipynb #d23145ac
 FORMATS = dict(preference=preference, implicit=implicit, unpaired=unpaired, ranked=ranked, sft=edits, prompts=prompts, hh=hh, arena=arena)

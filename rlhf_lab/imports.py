@@ -30,7 +30,7 @@ def read_rows(source: str, counts: Counter) -> list[dict]:
         try: return [row for _, row in read_json(copy)]
         except DataError as error: raise DataError(str(error).replace(folder, str(path.parent))) from None
 
-# %% ../nbs/16_imports.ipynb #d969c3af
+# %% ../nbs/16_imports.ipynb #011af229
 def understood(row: dict, kind: str) -> tuple: # prompt, [(completion, model)], kind of judgement, payload, who judged
     "What a row says. Raises BadRow."
     if kind == 'arena': return battle_row(row)
@@ -51,7 +51,8 @@ def battle_row(row: dict) -> tuple:
     if value is None: raise BadRow('winner', f'is {row["winner"]!r:.40}', f'use one of {", ".join(WINNERS.values())}')
     left, right = said(row['conversation_a'], 'conversation_a'), said(row['conversation_b'], 'conversation_b')
     if left[:-1] != right[:-1]: raise BadRow('conversation_b', 'has another prompt', 'compare answers to one prompt')
-    return left[:-1], [(left[-1]['content'], row['model_a']), (right[-1]['content'], row['model_b'])], 'pair', dict(value=value), str(row.get('judge') or '')
+    answers = [(left[-1]['content'], row['model_a']), (right[-1]['content'], row['model_b'])]
+    return left[:-1], answers, 'pair', dict(value=value), str(row.get('judge') or '')
 
 def kind_of(rows: list[dict]) -> str:
     "Which judgements these are. Raises DataError."

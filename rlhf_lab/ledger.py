@@ -51,7 +51,7 @@ def migrate(connection, name):
     if found and 'alembic_version' not in sa.inspect(connection).get_table_names(): command.stamp(config, found)
     command.upgrade(config, 'head')
 
-# %% ../nbs/05_ledger.ipynb #4b5f38bf
+# %% ../nbs/05_ledger.ipynb #64ead49e
 def open_engine(
     url, # As `sqlalchemy.make_url` gives it
     wait: float, # Seconds to wait for another writer
@@ -62,7 +62,8 @@ def open_engine(
         limits = f'-c lock_timeout={int(wait*1000)}'
         try: engine = sa.create_engine(url.set(drivername='postgresql+psycopg'), pool_pre_ping=True, connect_args=dict(options=limits))
         except ImportError: raise LabError(f'{url.host} needs the driver of PostgreSQL: pip install "rlhf-lab[postgres]"') from None
-    elif url.get_backend_name() != 'sqlite': raise LabError(f'{url.get_backend_name():.20} cannot keep feedback: name an SQLite file or a PostgreSQL URL')
+    elif url.get_backend_name() != 'sqlite':
+        raise LabError(f'{url.get_backend_name():.20} cannot keep feedback: name an SQLite file or a PostgreSQL URL')
     else: engine = sa.create_engine(url, connect_args=dict(timeout=wait), pool_use_lifo=True)
 
     @sa.event.listens_for(engine, 'connect')

@@ -73,7 +73,7 @@ def backup(store: Feedback, path) -> Path:
             copy.execute('PRAGMA journal_mode=DELETE')
     return Path(path)
 
-# %% ../nbs/17_upkeep.ipynb #97afd474
+# %% ../nbs/17_upkeep.ipynb #72b222bb
 BLANK = dict(prompt='', messages=None, completion='', prompt_token_ids=None, completion_token_ids=None, logprobs=None, error=None,
     rendered_prompt_sha256=None, prompt_sha256='')
 FORGOTTEN = dict(payload='{}', comment='', reason_codes='[]', ui='{}')
@@ -86,7 +86,8 @@ def erase(
     "Forget words for good. Raises LabError when nobody is called so."
     if annotator == 'local' or not (annotator or answers): raise UsageError('say whom to erase, or which answers: give an alias, or ids')
     now, mine = time.time_ns()//1000, sa.select(session.c.id).where(session.c.annotator_id == annotator)
-    if annotator and not store.read(mine): raise LabError(f'nobody here is called {annotator!r:.40}: `rlhf-lab feedback stats` lists who is')
+    if annotator and not store.read(mine):
+        raise LabError(f'nobody here is called {annotator!r:.40}: `rlhf-lab feedback stats` lists who is')
     said, judged = generation.c.session_id.in_(mine) | generation.c.id.in_(answers), event.c.session_id.in_(mine)
     about = judged if annotator else sa.or_(*(event.c.target_ids.contains(name) for name in answers))
     with store.transaction() as db:
@@ -106,4 +107,4 @@ def sweep(store: Feedback):
     with store.lock, store.plainly(), contextlib.closing(store.engine.raw_connection()) as db:
         db.cursor().execute('VACUUM')
         busy = db.cursor().execute('PRAGMA wal_checkpoint(TRUNCATE)').fetchone()[0]
-    if busy: raise LabError(f'feedback store {store.name}: another program is reading; close it and erase again, or words stay in {store.name}-wal')
+    if busy: raise LabError(f'feedback store {store.name} is being read: words stay in {store.name}-wal; close that program and erase again')

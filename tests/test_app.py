@@ -1,5 +1,5 @@
 "The app from outside: what it serves, what it refuses, and a person's visit in a real browser."
-import asyncio, json, queue, shutil, socket, sqlite3, threading, time
+import asyncio, json, queue, shutil, socket, threading, time
 from pathlib import Path
 import pytest, sqlalchemy, uvicorn
 from fastapi.testclient import TestClient
@@ -244,11 +244,9 @@ def test_a_person_asks_votes_comes_back_and_changes_their_mind(visit, store):
     ask(visit, prompt)
     assert visit.inner_text('#answer-dpo .text') == Toy.says['dpo']
     visit.click('#up-dpo'); visit.wait_for_selector('#up-dpo.pressed')
-    with sqlite3.connect(store.path) as db:
-        query = 'SELECT prompt, completion, model, run, value, sampling, ts FROM vote WHERE prompt = ?'
-        (*said, sampling, ts), = db.execute(query, [prompt]).fetchall()
-    assert said == [prompt, Toy.says['dpo'], 'dpo', 'toy', 'up'] and abs(ts/1e6 - time.time()) < 60
-    assert json.loads(sampling) == dict(temperature=.7, max_new_tokens=64, seed=0)
+    kept, = [vote for vote in Feedback(store.path).votes() if vote['prompt'] == prompt]
+    assert [kept[name] for name in ('completion', 'model', 'run', 'value')] == [Toy.says['dpo'], 'dpo', 'toy', 'up']
+    assert abs(kept['voted']/1e6 - time.time()) < 60 and json.loads(kept['sampling']) == dict(temperature=.7, max_new_tokens=64, seed=0)
     visit.reload()
     visit.wait_for_selector('#up-dpo.pressed') # the store remembers
     assert visit.input_value('#prompt textarea') == prompt
@@ -256,9 +254,8 @@ def test_a_person_asks_votes_comes_back_and_changes_their_mind(visit, store):
     assert 'pressed' not in visit.get_attribute('#up-dpo', 'class')
     visit.click('#down-dpo'); visit.wait_for_selector('#down-dpo:not(.pressed)')
     assert not [vote for vote in store.votes() if vote['prompt'] == prompt]
-    chain = '''SELECT event.value FROM event JOIN generation ON generation.id = generation_id
-        WHERE prompt = ? ORDER BY event.id'''
-    assert [event['value'] for event in store.read(chain, prompt)] == ['up', 'down', 'none']
+    chain = store.read('SELECT kind, payload FROM event WHERE subject = :subject ORDER BY id', subject=f'thumb {kept["id"]}')
+    assert [json.loads(one['payload']).get('value', one['kind']) for one in chain] == ['up', 'down', 'withdraw']
 
 @pytest.mark.e2e
 def test_hostile_text_is_only_text(visit):
