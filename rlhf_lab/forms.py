@@ -6,12 +6,12 @@
 __all__ = ['KINDS', 'COLUMNS', 'LABELS', 'WINNERS', 'FORMATS', 'EXACT', 'Judgement', 'judgements', 'comparisons', 'preference',
            'unpaired', 'ranked', 'edits', 'prompts', 'dialogue', 'both_sides', 'implicit', 'hh', 'arena', 'bare']
 
-# %% ../nbs/14_forms.ipynb #521c62e7
+# %% ../nbs/14_forms.ipynb #ba7b8190
 import json, statistics
 from collections import defaultdict
 from itertools import combinations
 from typing import NamedTuple
-from .feedback import LAST, Feedback, event, sides
+from .feedback import LAST, Feedback, event, sha256, sides
 
 # %% ../nbs/14_forms.ipynb #3eca8c6f
 KINDS = 'thumb', 'pair', 'rank', 'rating', 'edit'
@@ -103,7 +103,7 @@ def prompts(judged: list[Judgement]) -> list[dict]:
     for one in judged: asked[one.answers[0]['prompt_sha256']].append(one)
     return [dict(prompt=sides(said[0].answers[0])[0], meta_events=[one.id for one in said]) for said in asked.values()]
 
-# %% ../nbs/14_forms.ipynb #4d4d048b
+# %% ../nbs/14_forms.ipynb #c9a8cf74
 def dialogue(prompt, answer) -> str:
     "`\n\nHuman: …\n\nAssistant: …`; whoever is not the assistant is human."
     if isinstance(prompt, str): prompt, answer = [dict(role='user', content=prompt)], [dict(role='assistant', content=answer)]
@@ -125,12 +125,13 @@ def hh(judged: list[Judgement]) -> list[dict]:
 WINNERS = dict(a='model_a', b='model_b', both_good='tie', both_bad='tie (bothbad)')
 
 def arena(judged: list[Judgement]) -> list[dict]:
-    "Battles as [FastChat](https://github.com/lm-sys/FastChat) logs them, one row for each vote."
+    "Battles as [FastChat](https://github.com/lm-sys/FastChat) logs them, one row for each vote; who judged is a number, not an alias."
     def talk(answer):
         prompt, said = sides(answer)
         return prompt + said if answer['messages'] else [dict(role='user', content=prompt), dict(role='assistant', content=said)]
     return [dict(question_id=one.id, model_a=one.answers[0]['model'], model_b=one.answers[1]['model'], winner=WINNERS[one.payload['value']],
-        judge=one.annotator, conversation_a=talk(one.answers[0]), conversation_b=talk(one.answers[1]), turn=len(talk(one.answers[0]))//2,
+        judge=f'judge-{sha256(one.annotator)[:12]}',
+        conversation_a=talk(one.answers[0]), conversation_b=talk(one.answers[1]), turn=len(talk(one.answers[0]))//2,
         anony=bool(one.ui.get('blind')), language=one.locale or 'unknown', tstamp=one.ts/1e6,
         meta_events=[one.id]) for one in judged if one.kind == 'pair']
 
