@@ -38,7 +38,7 @@ def beyond_chance(
     expected = (chance*apart).sum()
     return float(1 - (seen*apart).sum()/expected) if expected > 0 else np.nan
 
-# %% ../nbs/41_raters.ipynb #a0dd164c
+# %% ../nbs/41_raters.ipynb #d8568ca7
 def cohen_kappa(
     first, # [N] labels of one rater
     second, # [N] of the other
@@ -49,8 +49,8 @@ def cohen_kappa(
     both = both[:, ~np.isnan(both).any(0)]
     classes, which = np.unique(both, return_inverse=True)
     one, other = (which.reshape(both.shape)[..., None] == np.arange(len(classes)))*1.
-    n = max(len(one), 1)
-    return beyond_chance(one.T @ other/n, np.outer(one.mean(0), other.mean(0)) if len(one) else 0*np.eye(len(classes)), distance(classes, one.sum(0) + other.sum(0)))
+    counts, n = (one.sum(0), other.sum(0)), max(len(one), 1)
+    return beyond_chance(one.T @ other/n, np.outer(*counts)/n**2, distance(classes, sum(counts)))
 
 # %% ../nbs/41_raters.ipynb #c6cc8e7c
 def coincidences(
@@ -64,10 +64,11 @@ def coincidences(
     weight = 1/(named.sum(1) - 1)
     return classes, (named.T*weight) @ named - np.diag(weight @ named)
 
-# %% ../nbs/41_raters.ipynb #fd25f8f8
+# %% ../nbs/41_raters.ipynb #a64a44b4
 def fleiss_kappa(labels) -> float: # [N R]
     "Agreement of any number of raters beyond chance. Raises ValueError where there are gaps."
-    if np.isnan(np.asarray(labels, np.float64)).any(): raise ValueError("Fleiss' kappa wants every rater on everything: use `krippendorff_alpha` where there are gaps")
+    gaps = np.isnan(np.asarray(labels, np.float64)).any()
+    if gaps: raise ValueError("Fleiss' kappa wants every rater on everything: use `krippendorff_alpha` where there are gaps")
     classes, table = coincidences(labels)
     share = table.sum(0)/max(table.sum(), 1)
     return beyond_chance(table/max(table.sum(), 1), np.outer(share, share), nominal(classes, table.sum(0)))
@@ -147,7 +148,7 @@ def logistic(
             return Fit(coef, np.sqrt(np.diag(np.linalg.inv(bend))), float((won*logit - np.logaddexp(0, logit)).sum()))
     raise ValueError('these votes do not settle the effects (somebody won everything, or was never compared): give a pull above 0')
 
-# %% ../nbs/41_raters.ipynb #da499a61
+# %% ../nbs/41_raters.ipynb #a5f507f1
 def one_hot(which, n: int) -> np.ndarray: return np.eye(n)[np.asarray(which)]
 
 class Effects(NamedTuple):
@@ -167,7 +168,8 @@ def side_effects(
 ) -> Effects:
     "Bradley–Terry with a lean of each rater and one of all to length."
     things, raters = max(*first, *second) + 1, max(rater) + 1
-    x = [(one_hot(first, things) - one_hot(second, things))[:, 1:], one_hot(rater, raters), *([] if longer is None else [np.asarray(longer, np.float64)[:, None]])]
+    met = (one_hot(first, things) - one_hot(second, things))[:, 1:]
+    x = [met, one_hot(rater, raters)] + ([] if longer is None else [np.asarray(longer, np.float64)[:, None]])
     fit = logistic(np.concatenate(x, axis=1), first_won, pull=pull)
     worth, side, length = np.split(fit.coef, [things - 1, things - 1 + raters])
     return Effects(np.r_[0, worth], side, float(length.sum()), fit)
