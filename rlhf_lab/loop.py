@@ -30,7 +30,7 @@ from .stats import interval
 from .tokens import encode_prompt
 from .weights import load_model
 
-# %% ../nbs/49_loop.ipynb #281c1905
+# %% ../nbs/49_loop.ipynb #a4288b62
 @dataclass
 class IterateConfig:
     "Rounds of asking, judging, learning and comparing, from a finished quickstart."
@@ -39,7 +39,7 @@ class IterateConfig:
     rounds: int = 3
     method: Literal['dpo', 'kto', 'ppo'] = 'dpo' # How the policy learns; ppo: from the reward models of the round
     votes: Literal['pairs', 'thumbs'] = 'pairs' # What is asked: which of two answers, or of each answer whether it is good
-    clicks: int = 192 # Votes in a round
+    clicks: int = 128 # Votes in a round
     active: float = .5 # Share of the questions that are chosen where reward models disagree most, from round 2; the others by chance
     pool: int = 2 # Questions that are drafted for each one that is asked
     members: int = 3 # Reward models, each trained on all votes so far; none where nothing is chosen by them and nothing learns from them

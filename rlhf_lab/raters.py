@@ -8,9 +8,8 @@ __all__ = ['nominal', 'squared', 'by_rank', 'beyond_chance', 'cohen_kappa', 'coi
            'rater_effects', 'worth_and_reliability', 'Rater', 'make_panel', 'words', 'dealt', 'judge_pairs',
            'judge_answers']
 
-# %% ../nbs/41_raters.ipynb #5e3b7fd4
+# %% ../nbs/41_raters.ipynb #b033cbaf
 import numpy as np
-from collections.abc import Callable
 from typing import NamedTuple
 from .stats import sigmoid
 

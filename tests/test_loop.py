@@ -1,5 +1,5 @@
 "The loop: a kill at any stage loses nothing, only who surely won is promoted, votes can be followed, and nobody learns from what was withdrawn."
-import json, os, shutil, subprocess, sys
+import json, os, shutil
 from dataclasses import replace
 from pathlib import Path
 import numpy as np, pytest
