@@ -37,6 +37,8 @@ verbs = {
     'eval': Verb('compare models on held-out prompts', 'rlhf_lab.evaluate:EvalConfig', 'rlhf_lab.evaluate:evaluate'),
     'compare': Verb('all methods from one start, in one table and one picture', 'rlhf_lab.compare:CompareConfig',
                     'rlhf_lab.compare:compare_methods'),
+    'iterate': Verb('rounds of asking, judging, learning and comparing; a model is promoted only if it won',
+                    'rlhf_lab.loop:IterateConfig', 'rlhf_lab.loop:iterate'),
     'examine': Verb('what is wrong with a run, from its metrics', 'rlhf_lab.cli:ExamineConfig',
                     'rlhf_lab.cli:examine', False),
     'card': Verb('the report card of a reward model', 'rlhf_lab.card:CardConfig', 'rlhf_lab.card:make_card'),
