@@ -103,7 +103,7 @@ def leave_out(
     scores = np.asarray(said[0] if isinstance(said, tuple) else said)[:len(keep)]
     return scores[0] - scores[1:], float(scores[0])
 
-# %% ../nbs/42_attribution.ipynb #c810220b
+# %% ../nbs/42_attribution.ipynb #afe1d84a
 def shade(value: float, most: float) -> str: # '#rrggbb'
     "White at 0, blue at `most`, orange at minus `most`."
     share = min(abs(value)/most, 1)*.75 if most and np.isfinite(value) else 0.
@@ -117,7 +117,8 @@ def visible(part: str) -> str:
     "A token's text as HTML that can do nothing."
     return html.escape(part).replace('\n', '↵') or '·'
 
-CELL = 'display:inline-flex;flex-direction:column;align-items:center;unicode-bidi:isolate;color:#111;border-radius:3px;margin:1px;padding:1px 2px'
+CELL = ('display:inline-flex;flex-direction:column;align-items:center;unicode-bidi:isolate;'
+    'color:#111;border-radius:3px;margin:1px;padding:1px 2px')
 
 def heat_map(
     parts: list[str], # The text of each token: see `pieces`
@@ -128,9 +129,13 @@ def heat_map(
 ) -> str: # HTML
     "Tokens in the colour of their numbers. Raises LabError when there are more of one than of the other."
     values = np.asarray(values, float)
-    if values.shape != (len(parts),): raise LabError(f'{len(parts)} tokens cannot be coloured by numbers of shape {values.shape}: give one a token')
+    if values.shape != (len(parts),):
+        raise LabError(f'{len(parts)} tokens cannot be coloured by numbers of shape {values.shape}: give one a token')
     most = max(np.abs(values[np.isfinite(values)]), default=0.) if most is None else most
-    token = lambda part, value: (f'<span style="{CELL};background:{shade(value, most)}"><span dir="auto" style="white-space:pre">{visible(part)}</span>'
-        f'<small>{number(value, digits)}</small></span>')
-    return (f'<figure class="mathjax_ignore" style="margin:0 0 1em"><figcaption>{html.escape(title)}: orange {number(-most, digits)}, white 0, blue {number(most, digits)}; '
-        f'sum {number(np.nansum(values), digits)}</figcaption><div style="line-height:1.25;overflow-wrap:anywhere">{"".join(map(token, parts, values))}</div></figure>')
+    say = functools.partial(number, digits=digits)
+    def token(part, value):
+        text = f'<span dir="auto" style="white-space:pre">{visible(part)}</span>'
+        return f'<span style="{CELL};background:{shade(value, most)}">{text}<small>{say(value)}</small></span>'
+    scale = f'{html.escape(title)}: orange {say(-most)}, white 0, blue {say(most)}; sum {say(np.nansum(values))}'
+    return (f'<figure class="mathjax_ignore" style="margin:0 0 1em"><figcaption>{scale}</figcaption>'
+        f'<div style="line-height:1.25;overflow-wrap:anywhere">{"".join(map(token, parts, values))}</div></figure>')

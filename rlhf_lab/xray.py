@@ -61,13 +61,14 @@ def xray(
     if len(splits) == 1 and splits != {0} and batch.below is None: batch = _below(models[reference], batch)
     return {name: jax.tree.map(np.asarray, _xray(model, models[reference], batch, temperature, beta)) for name, model in models.items()}
 
-# %% ../nbs/49_xray.ipynb #eeddbcb7
+# %% ../nbs/49_xray.ipynb #e487915d
 @functools.partial(jax.jit, static_argnames=('gamma', 'lam'))
 def _credit(actor, reference, batch, scores, kl_coef, temperature, gamma, lam):
     seen = appraise(actor, reference, batch, temperature)
     rewards = shaped_rewards(seen.logprobs, seen.ref_logprobs, seen.mask, scores, kl_coef)
     advantages, returns = gae(rewards, seen.values, seen.mask, gamma, lam)
-    return dict(reward=rewards, value=seen.values, delta=gae(rewards, seen.values, seen.mask, gamma, 0.)[0], advantage=advantages, returns=returns)
+    deltas, _ = gae(rewards, seen.values, seen.mask, gamma, 0.)
+    return dict(reward=rewards, value=seen.values, delta=deltas, advantage=advantages, returns=returns)
 
 def credit(
     actor: ActorCritic,
@@ -80,15 +81,16 @@ def credit(
     lam: float = .95,
 ) -> dict: # reward, value, delta, advantage, returns: [B T] in units of reward, 0 off the mask; advantages are not whitened
     "What PPO would make of each token. Raises LabError when nobody guesses values."
-    if actor.critic is None and actor.policy.head is None: raise LabError('there is no critic: only a policy that PPO trained has values and advantages')
+    if actor.critic is None and actor.policy.head is None:
+        raise LabError('there is no critic: only a policy that PPO trained has values and advantages')
     batch = Batch(*map(jnp.asarray, (batch.tokens, batch.mask)), below=batch.below)
     return jax.tree.map(np.asarray, _credit(actor, reference, batch, jnp.asarray(scores), kl_coef, temperature, gamma, lam))
 
-# %% ../nbs/49_xray.ipynb #d58a34d5
+# %% ../nbs/49_xray.ipynb #dd09f007
 def config_of(folder, kind: type):
     "The settings that a run was started with, as far as `kind` knows them. Raises CheckpointError where there are none."
     try: settings = json.loads((Path(folder)/'config.json').read_text())
-    except (OSError, ValueError) as error: raise CheckpointError(f'{folder} is not the folder of a run ({error}): give one with config.json') from None
+    except (OSError, ValueError) as error: raise CheckpointError(f'{folder} is no run ({error}): give a folder with config.json') from None
     return kind(**{field.name: settings[field.name] for field in fields(kind) if field.name in settings})
 
 def with_adapter(role: Transformer, folder) -> Transformer: # Of the same shape as `role`
@@ -127,7 +129,7 @@ def parting(first: list, second: list) -> int:
     "How many tokens two answers begin with alike."
     return next((i for i, (a, b) in enumerate(zip(first, second)) if a != b), min(len(first), len(second)))
 
-# %% ../nbs/49_xray.ipynb #ed79331e
+# %% ../nbs/49_xray.ipynb #71ec64a0
 def replay(
     policy: Transformer, # As it was after `step` rollouts: see `snapshots`
     prompts: list, # Of the run: see `load_prompts`
@@ -138,8 +140,9 @@ def replay(
 ) -> Rollout:
     "The rollout that a run learned from, token for token."
     chosen = [prompts[i] for i in np.random.default_rng([config.seed, step]).permutation(len(prompts))[:config.batch_size//group]]
-    return generate(merge_lora(policy), chosen, key=jax.random.fold_in(jax.random.key(config.seed), step), n=group, max_new_tokens=config.max_new_tokens,
-        temperature=config.temperature, stop=stop if config.stop_at_eos else (), width=-(-max(map(len, prompts))//16)*16, shared=common_start(prompts))
+    key, width = jax.random.fold_in(jax.random.key(config.seed), step), -(-max(map(len, prompts))//16)*16
+    return generate(merge_lora(policy), chosen, key=key, n=group, max_new_tokens=config.max_new_tokens, temperature=config.temperature,
+        stop=stop if config.stop_at_eos else (), width=width, shared=common_start(prompts))
 
 # %% ../nbs/49_xray.ipynb #7e54f5bc
 @jax.jit
@@ -181,7 +184,7 @@ def lesson(
     if better is not None: return Pairs(some(1, 2), some(0, 1), ref[1:], ref[:1])
     return Thumbs(some(0, 1), jnp.array([liked]), ref[:1], some(1, None), ref[1:])
 
-# %% ../nbs/49_xray.ipynb #9bc79a96
+# %% ../nbs/49_xray.ipynb #479a3336
 @functools.cache
 def lesson_step(loss, beta: float, learning_rate: float): # Made once, so that it compiles once for all visitors
     "One update on a lesson, as trainers make it."
@@ -211,7 +214,7 @@ class Sandbox:
         self.write = functools.partial(generate, key=key, max_new_tokens=max_new_tokens, temperature=temperature, stop=stop, width=64)
 
     def look(self, prompt: list, batch: Batch) -> dict:
-        "The copy as it is: `logprobs` [B T] of the answers; `texts` as token ids, and their `kl` to the served model in nats, for the prompt and each probe."
+        "The copy as it is: `logprobs` [B T] of the answers; for the prompt and each probe `texts` of token ids, and their `kl` to the served model, in nats."
         model = self.states[-1].model
         said = self.write(merge_lora(model), [prompt, *self.probes])
         moved = _moved(model, self.reference, Batch(said.tokens, said.mask, below=said.below))
