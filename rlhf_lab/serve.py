@@ -82,7 +82,7 @@ class Answer:
 
     def stop(self): self.halted = True # the row is free before the next token
 
-# %% ../nbs/50_serve.ipynb #167a5955
+# %% ../nbs/50_serve.ipynb #1de1c06e
 def power(n: int, least: int = 64) -> int:
     "The next power of two."
     return max(least, 1 << (n - 1).bit_length())
@@ -128,9 +128,9 @@ class Rows:
             how = r.temperature or 1., r.top_k, r.top_p, r.min_p, not r.temperature
             return _choose(logits[row], self.answers[row].key, self.lengths[row] + self.ages[row], *how)
         words = {row: word(row, self.answers[row].request) for row in logits} # all are on their way before one is awaited
-        for row, word in words.items():
-            self.words[row] = word[0]
-            self.answers[row].add(int(word[0]))
+        for row, said in words.items():
+            self.words[row] = said[0]
+            self.answers[row].add(int(said[0]))
             if self.answers[row].finish: self.answers[row] = None
 
     def step(self):
