@@ -1,5 +1,9 @@
 "What several tests need."
+import os
 import pytest
+
+# There is much to compile here and little to compute. Child processes inherit it.
+os.environ.setdefault('JAX_DISABLE_MOST_OPTIMIZATIONS', '1')
 
 @pytest.fixture(scope='session')
 def toy(tmp_path_factory) -> str:

@@ -43,13 +43,6 @@ def tiny():
     z, config = load('tiny_lm'), json.loads((golden/'tiny_lm.gpt2.config.json').read_text())
     return fill(config_from_hf(config), lambda name: z[f'gpt2/weights/{name}'], kind)
 
-@pytest.fixture(autouse=True, scope='module')
-def compile_quickly():
-    "Twice as fast here: there is much to compile and little to compute."
-    jax.config.update('jax_disable_most_optimizations', True)
-    yield
-    jax.config.update('jax_disable_most_optimizations', False)
-
 def in_float64(file):
     "The tests of a file once more, to 1e-10."
     done = subprocess.run([sys.executable, '-m', 'pytest', '-q', '-p', 'no:cacheprovider', '-p', 'no:xdist', file],

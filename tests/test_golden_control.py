@@ -2,7 +2,7 @@
 import functools, re
 from typing import NamedTuple
 import jax, jax.numpy as jnp, numpy as np, pytest
-from goldens import compile_quickly, double, exact, golden, in_float64, kind
+from goldens import double, exact, golden, in_float64, kind
 from rlhf_lab.control import Categorical, Diagonal, Full, Transition, control_loss, full, tanh_correction
 from rlhf_lab.core import whiten
 from rlhf_lab.ppo import gae

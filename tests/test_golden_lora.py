@@ -1,7 +1,7 @@
 "Adapters are those of peft."
 import jax, jax.numpy as jnp, numpy as np, pytest
 from flax import nnx
-from goldens import array, close, compile_quickly, double, each, in_float64, kind, load
+from goldens import array, close, double, each, in_float64, kind, load
 from rlhf_lab.lora import LoRA
 from rlhf_lab.model import Linear
 

@@ -2,7 +2,7 @@
 import functools, json
 import jax, jax.numpy as jnp, numpy as np, pytest
 from flax import nnx
-from goldens import compile_quickly, double, golden, in_float64, kind
+from goldens import double, golden, in_float64, kind
 from rlhf_lab.core import Batch, CheckpointError, token_logprobs
 from rlhf_lab.generate import generate
 from rlhf_lab.model import score_tokens

@@ -1,7 +1,7 @@
 "Advantages, losses and gradients of RLOO, GRPO and its relatives are those of TRL; estimates of KL are those of tunix."
 import functools
 import jax, jax.numpy as jnp, numpy as np, pytest
-from goldens import array, close, compile_quickly, double, each, exact, in_float64, load, rough
+from goldens import array, close, double, each, exact, in_float64, load, rough
 from rlhf_lab.core import Rollout
 from rlhf_lab.online import (bnpo, cispo, dapo, dr_grpo, grpo, grpo_advantages, grpo_loss, k1, k2, k3, rloo_advantages, rloo_loss, sequencewise)
 from rlhf_lab.ppo import clipped_surrogate

@@ -2,7 +2,7 @@
 from types import SimpleNamespace
 import jax, jax.numpy as jnp, numpy as np, optax, pytest
 import functools
-from goldens import Saying, array, close, compile_quickly, double, each, exact, in_float64, load, rough
+from goldens import Saying, array, close, double, each, exact, in_float64, load, rough
 from rlhf_lab.core import Rollout, masked_mean, whiten
 from rlhf_lab.ppo import AdaptiveKL, PPOConfig, add_advantages, clipped_surrogate, clipped_value_loss, gae, ppo_loss, read_until, shaped_rewards
 from rlhf_lab.train import adamw, tf_adam

@@ -1,7 +1,7 @@
 "Preference losses, their gradients and whole trainings are those of TRL, HALOs and the DPO paper's own code."
 import functools
 import jax, jax.numpy as jnp, numpy as np, optax, pytest
-from goldens import Saying, array, ask, close, compile_quickly, double, each, exact, in_float64, load, rough, seeds, sides, tiny
+from goldens import Saying, array, ask, close, double, each, exact, in_float64, load, rough, seeds, sides, tiny
 from rlhf_lab import dpo
 from rlhf_lab.core import Batch, LabError, Pairs
 from rlhf_lab.dpo import (Thumbs, alpha_divergence, aot, apo_down, apo_zero, bco, cdpo, cpo_loss, discopop, dpo_loss, exo, forward_kl, hinge, ipo, js,

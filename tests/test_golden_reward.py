@@ -1,7 +1,7 @@
 "Reward losses and their gradients are those of TRL and of OpenAI's first reward model; their optima are those of choix."
 import functools, math
 import jax, jax.numpy as jnp, numpy as np, pytest
-from goldens import Saying, array, close, compile_quickly, double, each, exact, in_float64, load, sides
+from goldens import Saying, array, close, double, each, exact, in_float64, load, sides
 from rlhf_lab.choices import best_of_k, bradley_terry, ordinal, plackett_luce, rao_kupper, top_only
 from rlhf_lab.core import Batch
 from rlhf_lab.judges import Lists, list_loss

@@ -7,7 +7,7 @@ root = Path(__file__).resolve().parent.parent
 notebooks = sorted((root/'nbs').rglob('*.ipynb'))
 # The processes are forked from one that has imported what all notebooks import, and done nothing else.
 fresh = multiprocessing.get_context('forkserver')
-fresh.set_forkserver_preload(['jax', 'flax.nnx', 'optax', 'transformers', 'matplotlib.pyplot', 'nbdev.test'])
+fresh.set_forkserver_preload(['jax', 'flax.nnx', 'optax', 'transformers', 'matplotlib.pyplot', 'sklearn.linear_model', 'nbdev.test'])
 
 def run(nb: Path, log: Path):
     "Run a notebook; what it says and the exit status are left for the parent."

@@ -3,7 +3,6 @@ import dataclasses, functools
 import jax.numpy as jnp, numpy as np, pytest
 import optax
 from flax import nnx
-from goldens import compile_quickly
 from rlhf_lab.ppo import ActorCritic, PPOConfig, practise
 from rlhf_lab.practise import openai_2019
 from rlhf_lab.train import adamw, init_state, tf_adam

@@ -2,7 +2,7 @@
 import dataclasses, functools
 import jax, jax.numpy as jnp, numpy as np, optax, pytest
 from flax import nnx
-from goldens import ask, close, compile_quickly, tiny
+from goldens import ask, close, tiny
 from rlhf_lab.config import parse
 from rlhf_lab.core import Batch, LabError, Rollout, UsageError
 from rlhf_lab.generate import generate
