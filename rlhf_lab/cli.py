@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['verbs', 'Verb', 'usage', 'find', 'CheckConfig', 'check', 'ShowConfig', 'show', 'ExamineConfig', 'examine',
            'ChatConfig', 'GenerateConfig', 'answer', 'open_model', 'write', 'chat', 'AppConfig', 'launch', 'EnvConfig',
-           'env', 'complaint', 'dispatch', 'main']
+           'env', 'keep_programs', 'complaint', 'dispatch', 'main']
 
 # %% ../nbs/53_cli.ipynb #d22bd393
 import contextlib, dataclasses, errno, importlib, io, os, sys
@@ -205,6 +205,19 @@ def env(config: EnvConfig):
                  'torch').split(): rows[name] = there.get(name, 'missing')
     for name, value in rows.items(): print(f'{name:18}{value}')
 
+# %% ../nbs/53_cli.ipynb #6143bae0
+def keep_programs():
+    "Let JAX keep compiled programs in the cache folder, at most a gigabyte, unless somebody has said where."
+    if 'jax' not in sys.modules: return
+    import hashlib, jax, platform
+    from rlhf_lab.runs import cache_dir
+    if jax.config.jax_compilation_cache_dir: return
+    try: kind = next(line for line in open('/proc/cpuinfo') if line.startswith(('flags', 'Features')))
+    except (OSError, StopIteration): kind = platform.processor()
+    folder = cache_dir()/'programs'/hashlib.sha256(kind.encode()).hexdigest()[:12]
+    jax.config.update('jax_compilation_cache_dir', str(folder))
+    jax.config.update('jax_compilation_cache_max_size', 2**30)
+
 # %% ../nbs/53_cli.ipynb #4fbfab8c
 def complaint(error: Exception) -> str:
     "An error in one line."
@@ -225,7 +238,9 @@ def dispatch(args: list[str]):
     verb, config = verbs[name], find(verbs[name].config)
     config, origins = parse(name, config, args[len(name.split()):])
     if verb.tells: print(resolved(name, config, origins), flush=True)
-    find(verb.run)(config)
+    run = find(verb.run)
+    keep_programs()
+    run(config)
 
 # %% ../nbs/53_cli.ipynb #8153748b
 def main(

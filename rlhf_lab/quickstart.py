@@ -171,14 +171,14 @@ def save_toy(
 # %% ../nbs/44_quickstart.ipynb #29a3c7fd
 def label_pairs(
     prompts: list, # [N]
-    first: list[str], # [N] a completion of each
-    second: list[str], # [N] another one
+    said: list[list[str]], # [N K] completions of each
     gold, # Texts → [N] scores in log-odds
     seed: int = 0,
 ) -> list[dict]: # Rows with prompt, chosen and rejected; empty and identical completions are left out
-    "Let the gold scorer choose: P(first) = sigmoid(gold(first) − gold(second)) (Bradley and Terry 1952)."
-    first_wins = np.random.default_rng(seed).random(len(prompts)) < 1/(1 + np.exp(gold(second) - gold(first)))
-    pairs = [(prompt, a, b) if wins else (prompt, b, a) for prompt, a, b, wins in zip(prompts, first, second, first_wins)]
+    "Let the gold scorer rank: P(a before b) = sigmoid(gold(a) − gold(b)) (Plackett 1975, Luce 1959); first and last are the pair."
+    scores = np.reshape(gold([text for texts in said for text in texts]), (len(prompts), -1))
+    scores = scores + np.random.default_rng(seed).gumbel(size=scores.shape)
+    pairs = [(prompt, texts[best], texts[worst]) for prompt, texts, best, worst in zip(prompts, said, scores.argmax(1), scores.argmin(1))]
     return [dict(prompt=prompt, chosen=a, rejected=b) for prompt, a, b in pairs if a.strip() and b.strip() and a != b]
 
 # %% ../nbs/44_quickstart.ipynb #058104ec
@@ -226,13 +226,14 @@ class QuickstartConfig:
     split: Literal['report', 'development'] = 'report' # Whose prompts are judged; development is for choosing settings
     prompts: int = 96 # How many are judged
     candidates: int = 4 # Of best-of-n
-    pairs: int = 320 # Preferences for the reward model and for DPO
+    pairs: int = 256 # Preferences for the reward model and for DPO
+    ranked: int = 4 # Completions of a prompt that are ranked: the first and the last are the pair
     new_tokens: int = 32 # In a completion
     temperature: float = 0.8 # In sampling and in log-probabilities alike
     sft: SFTConfig = field(default_factory=lambda: SFTConfig(steps=12, batch_size=32, **STAGE))
-    reward: RewardConfig = field(default_factory=lambda: RewardConfig(pool='mean', batch_size=16, **dict(STAGE, holdout=.2)))
+    reward: RewardConfig = field(default_factory=lambda: RewardConfig(pool='mean', batch_size=8, **dict(STAGE, holdout=.2)))
     ppo: PPOConfig = field(default_factory=lambda: PPOConfig(steps=10, batch_size=32, epochs=2, kl_coef=.05, kl_budget=7., **dict(STAGE, learning_rate=2e-3)))
-    dpo: DPOConfig = field(default_factory=lambda: DPOConfig(batch_size=16, **dict(STAGE, learning_rate=2e-3)))
+    dpo: DPOConfig = field(default_factory=lambda: DPOConfig(batch_size=8, epochs=2, steps=48, **dict(STAGE, learning_rate=2e-3)))
 
 def has_room(config: QuickstartConfig, tokenizer): # Row → bool
     "Whether the prompt, and a completion of the human's or the models' length, fit into `max_length`."
@@ -242,9 +243,9 @@ def has_room(config: QuickstartConfig, tokenizer): # Row → bool
 def tiny(config: QuickstartConfig) -> QuickstartConfig:
     "The same story for a toy."
     small = dict(precision='float32', max_length=96, top_layers=0, learning_rate=5e-3)
-    return replace(config, prompts=96, pairs=640, new_tokens=12,
-        sft=replace(config.sft, **dict(small, rank=0, steps=300, epochs=100, batch_size=16)), reward=replace(config.reward, epochs=4, **small),
-        ppo=replace(config.ppo, **dict(small, kl_stop=0.)), dpo=replace(config.dpo, **small))
+    return replace(config, prompts=96, pairs=640, ranked=2, new_tokens=12,
+        sft=replace(config.sft, **dict(small, rank=0, steps=300, epochs=100, batch_size=16)), reward=replace(config.reward, epochs=4, **dict(small, batch_size=16)),
+        ppo=replace(config.ppo, **dict(small, kl_stop=0.)), dpo=replace(config.dpo, **dict(small, batch_size=16, epochs=1, steps=0)))
 
 # %% ../nbs/44_quickstart.ipynb #091b9169
 class Stages:
@@ -284,13 +285,14 @@ def sample_pairs(
     file: Path, # Gets the rows
     model: str, # Who writes
 ) -> dict: # Bytes of the tokens → states below the adapters, for `known_states`
-    "Two completions of each prompt, and the gold scorer's choice."
+    "A few completions of each prompt, and the gold scorer's choice."
+    n = config.ranked
     policy, tokenizer = load_model(model, config.sft.precision)
     policy.split = len(policy.layers) - (config.dpo.top_layers or len(policy.layers))
-    rollout = ask(policy, [encode_prompt(tokenizer, prompt) for prompt in prompts], key=jax.random.key(config.seed), n=2, batch_size=128,
+    rollout = ask(policy, [encode_prompt(tokenizer, prompt) for prompt in prompts], key=jax.random.key(config.seed), n=n, batch_size=128,
         max_new_tokens=config.new_tokens, temperature=config.temperature, stop=(tokenizer.eos_token_id,))
     said, states = completions(rollout, tokenizer), sampled_states(rollout, (tokenizer.eos_token_id,))
-    rows = clean_rows(label_pairs(prompts, said[::2], said[1::2], gold, config.seed))[0]
+    rows = clean_rows(label_pairs(prompts, [said[i:i + n] for i in range(0, len(said), n)], gold, config.seed))[0]
     sides = tokenize_rows(rows, tokenizer, eos=False)
     fits = [max(len(side.tokens) for side in pair) <= config.dpo.max_length for pair in sides] # read again, a text can have more tokens
     rows, texts = ([x for x, good in zip(xs, fits) if good] for xs in (rows, sides))
