@@ -389,7 +389,7 @@ def panel_seen(loop: Loop) -> str: # Markdown
     each, pooled = see(which), see(0*which)
     cells = [[f'{value:.2f} ± {1.96*error:.2f}' for value, error in zip(*some)] for some in (each[:2], pooled[:2])]
     lines = [[name, f'{n}', *cells[0][i::len(who)]] for i, (name, n) in enumerate(zip(who, counts))] + [['all', f'{len(rows)}', *cells[1]]]
-    return f'\n\n## Raters\n\nAs the votes and the gold scores show them, in log-odds.\n\n{grid(["rater", "votes", "reliability", "side", "length"], lines)}'
+    return f'\n\n## Raters\n\nAs the votes and the gold scores show them, in log-odds.\n\n{grid(["rater", "votes", "reliability", "side", "length"], lines).strip()}'
 
 def tell(loop: Loop, took: dict) -> list[dict]: # The rows of `table.json`
     "Write the report and say where it is."

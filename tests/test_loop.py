@@ -2,12 +2,13 @@
 import json, shutil
 from dataclasses import replace
 from pathlib import Path
-import numpy as np, pytest
+import jax, numpy as np, pytest
+from flax import nnx
 from safetensors.numpy import load_file, save_file
 from rlhf_lab import loop as module
 from rlhf_lab.cli import main
-from rlhf_lab.compare import Start
-from rlhf_lab.core import DataError, LabError
+from rlhf_lab.compare import CompareConfig, Start, settings_of
+from rlhf_lab.core import DataError, LabError, Rollout
 from rlhf_lab.exports import freeze
 from rlhf_lab.feedback import Feedback
 from rlhf_lab.loop import IterateConfig, draw_questions, fate_of, inclusion, iterate, read_rows
@@ -30,6 +31,17 @@ def start(toy, tmp_path):
 
 @pytest.fixture
 def asked(tmp_path): return IterateConfig(out=str(tmp_path/'loop'), rounds=2, clicks=8, active=0., prompts=16)
+
+@pytest.fixture(autouse=True)
+def quick(request, monkeypatch):
+    "Answers without a sampler, other ones for other weights; the slow tests and the notebook ask for real."
+    def answer(model, prompts, *, key, n=1, max_new_tokens, **how):
+        weights = sum(float(np.abs(np.asarray(leaf)).sum()) for leaf in jax.tree.leaves(nnx.state(model)))
+        random = np.random.default_rng([int(weights*1000), *np.asarray(jax.random.key_data(key))])
+        tokens = random.integers(10, 250, (len(prompts)*n, 8 + max_new_tokens))
+        some, mask = random.normal(size=(2, *tokens.shape)), np.broadcast_to(np.arange(tokens.shape[1]) >= 8, tokens.shape)
+        return Rollout(tokens, mask, logprobs=some[0], ref_logprobs=some[1])
+    if 'slow' not in request.keywords: monkeypatch.setattr(module, 'ask', answer)
 
 class Killed(Exception): "The power failed."
 
@@ -139,6 +151,12 @@ def test_the_doubtful_are_asked_more_often(start, asked, tmp_path, monkeypatch):
     assert {row['probability'] for row in first} == {.5} and 'doubt' not in first[0]
     assert {row['probability'] for row in second} == {.25, .75}
     assert min(row['doubt'] for row in second if row['probability'] == .75) > max(row['doubt'] for row in second if row['probability'] == .25)
+
+@pytest.mark.parametrize('method', IterateConfig.__annotations__['method'].__args__)
+def test_each_method_is_told_what_it_can_do(start, tmp_path, method):
+    write_rows(tmp_path/'learned.jsonl', [dict(prompt='?', chosen='a', rejected='b')]*9)
+    told = settings_of(CompareConfig(resume=True), start, method, 3, tmp_path/'run', tmp_path/'learned.jsonl')
+    assert told.model == start.model and told.seed == 3 and not told.resume and told.data in (start.asked, str(tmp_path/'learned.jsonl'))
 
 # ── thumbs and people ──
 
