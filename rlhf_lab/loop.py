@@ -363,10 +363,11 @@ def rounds_plot(
     rows: list[dict], # Of `round_rows`
     path = None, # PNG to write
 ):
-    "The gold score round by round: full dots were promoted, and the line is the policy in use."
+    "The gold score round by round."
     from matplotlib.figure import Figure
     figure = Figure(figsize=(5, 3.4), layout='constrained', dpi=150)
-    axes = figure.add_subplot(xlabel='round', ylabel='gold score', xticks=[row['round'] for row in rows])
+    axes = figure.add_subplot(xlabel='round', ylabel='gold score, 95 % interval', xticks=[row['round'] for row in rows])
+    axes.set_title('full: promoted, hollow: not; line: the policy in use', fontsize=8, loc='left')
     used = [[row['gold_mean'] for row in rows[:i + 1] if row['promoted']][-1] for i in range(len(rows))]
     axes.plot([row['round'] for row in rows], used, color='0.7', lw=1.4, zorder=0)
     for row in rows:
