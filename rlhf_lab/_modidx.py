@@ -514,6 +514,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'rlhf_lab.loop.draw_questions': ('loop.html#draw_questions', 'rlhf_lab/loop.py'),
                                'rlhf_lab.loop.fate_of': ('loop.html#fate_of', 'rlhf_lab/loop.py'),
                                'rlhf_lab.loop.inclusion': ('loop.html#inclusion', 'rlhf_lab/loop.py'),
+                               'rlhf_lab.loop.is_store': ('loop.html#is_store', 'rlhf_lab/loop.py'),
                                'rlhf_lab.loop.iterate': ('loop.html#iterate', 'rlhf_lab/loop.py'),
                                'rlhf_lab.loop.learn_policy': ('loop.html#learn_policy', 'rlhf_lab/loop.py'),
                                'rlhf_lab.loop.learn_reward': ('loop.html#learn_reward', 'rlhf_lab/loop.py'),

@@ -113,6 +113,7 @@ def settings_of(
     online = issubclass(method.config, PPOConfig)
     like = stage.ppo if online else stage.dpo
     known = {f: getattr(like, f) for f in method.config.__dataclass_fields__ if hasattr(like, f)} # what the quickstart chose for PPO or DPO
+    if not known.get('beta', 1): del known['beta'] # it chose nothing: what is usual for the method
     where = dict(out=str(folder), model=start.model, data=start.asked if online else str(pairs), seed=seed, resume=config.resume and folder.exists())
     if online: where.update(reward=start.reward, max_new_tokens=stage.new_tokens, temperature=stage.temperature)
     total = like.steps if online else max(1, sum(1 for _ in open(pairs))//like.batch_size)*like.epochs

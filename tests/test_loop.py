@@ -1,14 +1,17 @@
 "The loop: a kill at any stage loses nothing, only who surely won is promoted, votes can be followed, and nobody learns from what was withdrawn."
-import json, os, shutil
+import json, shutil
 from dataclasses import replace
 from pathlib import Path
-import numpy as np, pytest
+import jax, numpy as np, pytest
+from flax import nnx
 from safetensors.numpy import load_file, save_file
 from rlhf_lab import loop as module
 from rlhf_lab.cli import main
-from rlhf_lab.compare import Start
-from rlhf_lab.core import DataError, LabError
-from rlhf_lab.loop import IterateConfig, Loop, draw_questions, fate_of, inclusion, iterate, read_rows, version_of
+from rlhf_lab.compare import CompareConfig, Start, settings_of
+from rlhf_lab.core import DataError, LabError, Rollout
+from rlhf_lab.exports import freeze
+from rlhf_lab.feedback import Feedback
+from rlhf_lab.loop import IterateConfig, draw_questions, fate_of, inclusion, iterate, read_rows
 from rlhf_lab.quickstart import QuickstartConfig, Stages, tiny, write_rows
 from rlhf_lab.runs import digest
 
@@ -28,6 +31,17 @@ def start(toy, tmp_path):
 
 @pytest.fixture
 def asked(tmp_path): return IterateConfig(out=str(tmp_path/'loop'), rounds=2, clicks=8, active=0., prompts=16)
+
+@pytest.fixture(autouse=True)
+def quick(request, monkeypatch):
+    "Answers without a sampler, other ones for other weights; the slow tests and the notebook ask for real."
+    def answer(model, prompts, *, key, n=1, max_new_tokens, **how):
+        weights = sum(float(np.abs(np.asarray(leaf)).sum()) for leaf in jax.tree.leaves(nnx.state(model)))
+        random = np.random.default_rng([int(weights*1000), *np.asarray(jax.random.key_data(key))])
+        tokens = random.integers(10, 250, (len(prompts)*n, 8 + max_new_tokens))
+        some, mask = random.normal(size=(2, *tokens.shape)), np.broadcast_to(np.arange(tokens.shape[1]) >= 8, tokens.shape)
+        return Rollout(tokens, mask, logprobs=some[0], ref_logprobs=some[1])
+    if 'slow' not in request.keywords: monkeypatch.setattr(module, 'ask', answer)
 
 class Killed(Exception): "The power failed."
 
@@ -138,6 +152,12 @@ def test_the_doubtful_are_asked_more_often(start, asked, tmp_path, monkeypatch):
     assert {row['probability'] for row in second} == {.25, .75}
     assert min(row['doubt'] for row in second if row['probability'] == .75) > max(row['doubt'] for row in second if row['probability'] == .25)
 
+@pytest.mark.parametrize('method', IterateConfig.__annotations__['method'].__args__)
+def test_each_method_is_told_what_it_can_do(start, tmp_path, method):
+    write_rows(tmp_path/'learned.jsonl', [dict(prompt='?', chosen='a', rejected='b')]*9)
+    told = settings_of(CompareConfig(resume=True), start, method, 3, tmp_path/'run', tmp_path/'learned.jsonl')
+    assert told.model == start.model and told.seed == 3 and not told.resume and told.data in (start.asked, str(tmp_path/'learned.jsonl'))
+
 # ── thumbs and people ──
 
 def test_thumbs_cost_as_many_clicks_as_pairs(start, asked, tmp_path):
@@ -146,20 +166,33 @@ def test_thumbs_cost_as_many_clicks_as_pairs(start, asked, tmp_path):
     assert len(thumbs) == 8 and len(read_rows(tmp_path/'loop/rounds/1/questions.jsonl')) == 4
     assert {'prompt', 'completion', 'label', 'rater', 'probability', 'side', 'vote'} == set(thumbs[0])
 
-def test_people_are_waited_for_and_what_they_withdraw_is_not_learned_again(start, asked, tmp_path, capsys):
-    votes = [dict(prompt=f'Film {i}:', chosen=f' a{i}', rejected=f' b{i}', rater='me') for i in range(6)]
-    (tmp_path/'said').mkdir()
-    write_rows(tmp_path/'said/v1.jsonl', votes[:4])
-    config = replace(asked, data=str(tmp_path/'said'))
+@pytest.mark.parametrize('votes, form', [('pairs', 'preference'), ('thumbs', 'unpaired')])
+def test_a_vote_in_the_store_leads_to_a_model_until_it_is_withdrawn(start, asked, tmp_path, capsys, votes, form):
+    "Pairs come from the store itself, thumbs from a folder of frozen versions."
+    store, place, rows = Feedback(tmp_path/'votes.db'), tmp_path/'loop', 1 if votes == 'pairs' else 2 # for one judgement
+    ann, events = store.session('ann'), []
+    for i in range(6):
+        answers = [store.record(f'Film {i}:', f' {word}{i}', model='sft', more=dict(split='train')) for word in ('good', 'bad')]
+        events.append(store.judge('pair', answers, {'value': 'ab'[i%2]}, session=ann))
+    say = lambda: freeze(store, tmp_path/'said', (form,)).id
+    config = replace(asked, data=str(tmp_path/('votes.db' if votes == 'pairs' else 'said')), votes=votes)
+    first = say()
     iterate(config, start, judged, learner)
-    assert len(facts(tmp_path/'loop')) == 1 and 'waits' in capsys.readouterr().out and read_rows(tmp_path/'loop/rounds/2/questions.jsonl')
-    write_rows(tmp_path/'said/v2.jsonl', votes[1:])
-    os.utime(tmp_path/'said/v1.jsonl', ns=(0, 0))
+    assert len(facts(place)) == 1 and 'waits' in capsys.readouterr().out and read_rows(place/'rounds/2/questions.jsonl')
+    store.withdraw(events[0])
+    second = say()
     iterate(replace(config, resume=True), start, judged, learner)
-    assert [e['votes'] for e in facts(tmp_path/'loop')] == [4, 5] and [e['new_votes'] for e in facts(tmp_path/'loop')] == [4, 2]
-    assert ' a0' not in {row['chosen'] for row in read_rows(tmp_path/'loop/rounds/2/learned.jsonl')}
-    loop = Loop(config, start, tmp_path/'loop')
-    assert version_of(loop, 1) != version_of(loop, 2)
+    one, two = facts(place)
+    known = lambda entry: [entry[name] for name in ('source', 'votes', 'new_votes', 'gone')]
+    assert known(one) == [first, 6*rows, 6*rows, 0] and known(two) == [second, 5*rows, 0, rows]
+    assert not any('0' in row['prompt'] for row in read_rows(place/'rounds/2/learned.jsonl'))
+    rounds = lambda name: [entry['round'] for entry in fate_of(place, name)]
+    assert rounds(first) == [1] and rounds(second) == [2]
+    if votes == 'pairs':
+        assert rounds(events[0]) == [1] and rounds(events[1]) == [1, 2]
+        models = lambda event: [model['weights_sha256'] for model in store.receipt(event)['checkpoints']]
+        assert models(events[0]) == [one['weights_sha256']] and models(events[1]) == [one['weights_sha256'], two['weights_sha256']]
+    store.close()
 
 def test_a_mistake_costs_one_line(tmp_path, capsys):
     assert main(['iterate', '--start', str(tmp_path/'nowhere'), '--out', str(tmp_path/'out')]) == 4
