@@ -26,14 +26,17 @@ def token_kl(
     reference: Transformer,
     batch: Batch, # With `below`, if the two share a trunk
     temperature: float = 1.,
+    most: int = None, # The mask holds no more places than this; None: perhaps all
     chunk: int = 128, # Places at a time
 ) -> Float[Array, 'B T']: # In nats, 0 off the mask
     "KL(model ‖ reference) over the words that may come at each place of the completions."
-    places = [m.hidden(batch)[:, :-1].reshape(-1, m.norm.scale.shape[0]) for m in (model, reference)]
+    mask = batch.mask[:, 1:].ravel()
+    at = jnp.nonzero(mask, size=most or mask.size, fill_value=0)[0] # prompts and padding cost nothing
+    places = [m.hidden(batch)[:, :-1].reshape(-1, m.norm.scale.shape[0])[at] for m in (model, reference)]
     def apart(states):
         ours, theirs = (jax.nn.log_softmax(m.logits(state)/temperature) for m, state in zip((model, reference), states))
         return (jnp.exp(ours)*(ours - theirs)).sum(-1)
-    found = jax.lax.map(apart, places, batch_size=chunk).reshape(len(batch.tokens), -1)
+    found = jnp.zeros(mask.shape).at[at].set(jax.lax.map(apart, places, batch_size=chunk)).reshape(len(batch.tokens), -1)
     return jnp.where(batch.mask, jnp.pad(found, ((0, 0), (1, 0))), 0)
 
 # %% ../nbs/43_xray.ipynb #fbd97182
@@ -190,8 +193,8 @@ def lesson_step(loss, beta: float, learning_rate: float): # Made once, so that i
     "One update on a lesson, as trainers make it."
     return make_step(functools.partial(loss, beta=beta), adamw(learning_rate))
 
-@jax.jit
-def _moved(model, reference, batch): return token_kl(model, reference, batch).sum(1)
+@functools.partial(jax.jit, static_argnames='most')
+def _moved(model, reference, batch, most): return token_kl(model, reference, batch, most=most).sum(1)
 
 class Sandbox:
     "A private copy of a served model that learns from single votes."
@@ -209,7 +212,7 @@ class Sandbox:
         stop: tuple = (),
     ):
         policy = add_lora(merge_lora(served), key=key, rank=rank, alpha=2.*rank, top=top)
-        self.reference, self.probes, self.rates = drop_lora(policy), list(probes), (beta, learning_rate)
+        self.reference, self.probes, self.longest, self.rates = drop_lora(policy), list(probes), max_new_tokens, (beta, learning_rate)
         self.states = [init_state(policy, adamw(learning_rate))]
         self.write = functools.partial(generate, key=key, max_new_tokens=max_new_tokens, temperature=temperature, stop=stop, width=64)
 
@@ -217,7 +220,7 @@ class Sandbox:
         "The copy as it is: `logprobs` [B T] of the answers; for prompt and probes `texts` of token ids, and their `kl` to the served model in nats."
         model = self.states[-1].model
         said = self.write(merge_lora(model), [prompt, *self.probes])
-        moved = _moved(model, self.reference, Batch(said.tokens, said.mask, below=said.below))
+        moved = _moved(model, self.reference, Batch(said.tokens, said.mask, below=said.below), most=len(said.tokens)*self.longest)
         return dict(logprobs=np.asarray(_logprobs(model, batch, 1.)), kl=np.asarray(moved),
             texts=[tokens[mask].tolist() for tokens, mask in zip(np.asarray(said.tokens), np.asarray(said.mask))])
 

@@ -54,7 +54,7 @@ def test_L6_twenty_answers_under_a_model_swap_are_each_from_one_model():
     until(lambda: not engine.leaving) # the old weights are let go
 
 def test_L7_twenty_sessions_hear_only_their_own_answer():
-    engine, heard = Engine(dict(a=first, b=first), rows=3, limit=50, pause=.02), {}
+    engine, heard = Engine(dict(a=first, b=first), limit=50, pause=.02), {}
     requests = [Request('ab'[n%2], tuple(range(n, n + 5)), n, 20) for n in range(20)]
     async def session(n):
         times = []
@@ -100,7 +100,7 @@ def test_an_engine_that_hangs_is_not_ready():
     assert engine.ready()
 
 def test_a_full_queue_says_so_at_once():
-    engine = Engine(dict(m=first), rows=1, limit=2, pause=0.)
+    engine = Engine(dict(m=first), limit=2, pause=0.)
     with engine.change:
         for n in range(2): assert engine.submit(Request('m', (1,), n, 3), lambda answer: None).place == n + 1
         with pytest.raises(LabError, match='2 people are waiting already'): engine.submit(Request('m', (1,)), lambda answer: None)
