@@ -4,17 +4,16 @@
 
 # %% auto #0
 __all__ = ['read_settings', 'settings_file', 'setting', 'cache_dir', 'is_full', 'disk_errors', 'is_key', 'named_leaves', 'sync',
-           'digest', 'make_room', 'save_tree', 'defect', 'load_tree', 'lock', 'as_dict', 'write_file', 'metric_line',
-           'read_metrics', 'newest', 'take', 'Run', 'plot_metrics', 'minutes', 'numbers', 'plain_line', 'live_plot',
-           'progress']
+           'digest', 'seal', 'save_tree', 'defect', 'load_tree', 'lock', 'as_dict', 'write_file', 'metric_line',
+           'read_metrics', 'newest', 'tidy', 'take', 'gently', 'Run']
 
 # %% ../nbs/01_runs.ipynb #c3404be5
-import contextlib, errno, fcntl, hashlib, json, math, os, shutil, sys, time
+import contextlib, errno, fcntl, hashlib, json, math, os, shutil, signal, sys, threading, time
 from configparser import ConfigParser, Error as ParserError
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
-import jax, numpy as np
-from .core import CheckpointError, LabError, UsageError
+import jax, jax.numpy as jnp, numpy as np
+from .core import CheckpointError, DataError, LabError, UsageError
 
 # %% ../nbs/01_runs.ipynb #8f59de86
 def read_settings(file: Path) -> ConfigParser:
@@ -82,10 +81,9 @@ def is_key(x) -> bool:
     return isinstance(x, jax.Array) and jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key)
 
 def named_leaves(tree) -> dict: # Leaves by path; random keys as numbers, empty arrays left out
-    "A pytree as a flat dictionary that Orbax can write."
+    "A pytree as a flat dictionary of arrays."
     leaves = {jax.tree_util.keystr(path): x for path, x in jax.tree_util.tree_leaves_with_path(tree)}
-    raw = {name: jax.random.key_data(x) if is_key(x) else x if isinstance(x, jax.Array) else np.asarray(x)
-           for name, x in leaves.items()}
+    raw = {name: np.asarray(jax.random.key_data(x) if is_key(x) else x) for name, x in leaves.items()}
     return {name: x for name, x in raw.items() if x.size}
 
 # %% ../nbs/01_runs.ipynb #19acb7a7
@@ -99,60 +97,64 @@ def digest(file: Path) -> str:
     "SHA-256 of a file, in hexadecimal."
     with open(file, 'rb') as f: return hashlib.file_digest(f, 'sha256').hexdigest()
 
-# %% ../nbs/01_runs.ipynb #a920c355
-def make_room(
-    folder: Path, # About to be written
-    size: int, # In bytes
-):
-    "Make the folder above, and see that the disk has room: Orbax writes in threads, which do not fail gently."
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    if shutil.disk_usage(folder.parent).free < size: raise OSError(errno.ENOSPC, 'No space left on device')
+def seal(manifest: dict) -> str:
+    "SHA-256 of what a manifest says: it vouches for the files, and this for it."
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 # %% ../nbs/01_runs.ipynb #cdf05e8a
 def save_tree(
-    folder: Path, # Appears complete, or not at all
+    folder: Path, # Appears complete, or not at all; what it held before stays until then
     tree, # Any pytree of arrays, numbers and random keys
+    rows: int = 0, # Lines of `metrics.jsonl` that belong to it
 ):
     "Write a pytree as a checkpoint: arrays, then their manifest, then the name."
-    import orbax.checkpoint as ocp
     folder, leaves = Path(folder).absolute(), named_leaves(tree)
-    beside = folder.with_name(folder.name + '.tmp')
-    with disk_errors(folder):
-        make_room(folder, sum(x.nbytes for x in leaves.values()) + 2**20)
-        try:
-            ocp.PyTreeCheckpointer().save(beside, leaves)
-            files = sorted(f for f in beside.rglob('*') if f.is_file())
-            for f in files: sync(f)
-            manifest = dict(files={str(f.relative_to(beside)): [f.stat().st_size, digest(f)] for f in files},
-                            arrays={name: [str(x.dtype), list(x.shape)] for name, x in leaves.items()})
-            (beside/'MANIFEST.json').write_text(json.dumps(manifest, indent=1))
-            for f in (beside/'MANIFEST.json', *(f for f in beside.rglob('*') if f.is_dir()), beside): sync(f)
-            if folder.exists(): shutil.rmtree(folder)
+    beside, old = (folder.with_name(folder.name + end) for end in ('.tmp', '.old'))
+    try:
+        with disk_errors(folder):
+            shutil.rmtree(beside, ignore_errors=True)
+            beside.mkdir(parents=True)
+            arrays, paper = beside/'arrays.bin', beside/'MANIFEST.json'
+            with open(arrays, 'wb') as f:
+                for x in leaves.values(): f.write(np.ascontiguousarray(x).reshape(-1).view(np.uint8))
+            manifest = dict(name=folder.name, rows=rows, files={arrays.name: [arrays.stat().st_size, digest(arrays)]},
+                arrays={name: [str(x.dtype), list(x.shape)] for name, x in leaves.items()})
+            paper.write_text(json.dumps(dict(manifest, seal=seal(manifest)), indent=1))
+            for f in (arrays, paper, beside): sync(f)
+            if folder.exists(): folder.rename(old)
             beside.rename(folder)
             sync(folder.parent)
-        finally:
-            for unfinished in folder.parent.glob(f'{beside.name}*'): shutil.rmtree(unfinished, ignore_errors=True)
+    finally:
+        if old.exists() and not folder.exists(): old.rename(folder)
+        for unfinished in (beside, old): shutil.rmtree(unfinished, ignore_errors=True)
 
 # %% ../nbs/01_runs.ipynb #96ef5bfc
 def defect(folder: Path) -> str|None: # None: whole
     "What is wrong with a checkpoint, in words."
+    paper, there = folder/'MANIFEST.json', sorted(folder.rglob('*'))
+    if odd := next((f for f in there if f.is_symlink() or not (f.is_file() or f.is_dir())), None):
+        return f'{odd}: is a link or a device, and only plain files are read'
     try:
-        manifest = json.loads((folder/'MANIFEST.json').read_text())
-        files = {folder/name: (size, sha) for name, (size, sha) in manifest['files'].items()}
+        if paper.stat().st_size > 2**26: raise ValueError
+        manifest = json.loads(paper.read_text())
+        sealed, files = manifest.pop('seal'), {folder/name: (size, sha) for name, (size, sha) in manifest['files'].items()}
+        if sealed != seal(manifest): raise ValueError
     except FileNotFoundError: return f'{folder}: has no MANIFEST.json'
-    except (OSError, ValueError, KeyError, TypeError, AttributeError): return f'{folder}/MANIFEST.json: is damaged'
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError): return f'{paper}: is damaged'
+    if manifest['name'] != folder.name: return f'{folder}: was written as {manifest["name"]}, not as {folder.name}'
+    found = {f for f in there if f.is_file()} - {paper}
     for file, (size, sha) in files.items():
-        if not file.is_file(): return f'{file}: is missing'
+        if file not in found: return f'{file}: is missing'
         if file.stat().st_size != size: return f'{file}: has {file.stat().st_size} bytes, {size} were written'
         if digest(file) != sha: return f'{file}: its SHA-256 is not the one that was written'
+    if strange := next(iter(sorted(found - set(files))), None): return f'{strange}: is not in the manifest'
 
 # %% ../nbs/01_runs.ipynb #8e34771a
 def load_tree(
     folder: Path,
     like, # A tree of the same structure, shapes and types
 ):
-    "The pytree in a checkpoint; a `CheckpointError` names what is damaged or does not fit."
-    import orbax.checkpoint as ocp
+    "The pytree in a checkpoint; a `CheckpointError` names what is damaged, does not fit or is no finite number."
     folder, target = Path(folder).absolute(), named_leaves(like)
     if problem := defect(folder): raise CheckpointError(problem)
     there = json.loads((folder/'MANIFEST.json').read_text())['arrays']
@@ -161,12 +163,17 @@ def load_tree(
         if there.get(name) != here:
             raise CheckpointError(f'{folder}: {name} is {there.get(name, "missing")}, this run needs '
                                   f'{here or "no such thing"}; resume with the settings of that run')
-    args = ocp.checkpoint_utils.construct_restore_args(target)
-    leaves = ocp.PyTreeCheckpointer().restore(folder, item=target, restore_args=args)
+    bytes_of, at, leaves = np.fromfile(folder/'arrays.bin', np.uint8), 0, {}
+    for name, (dtype, shape) in there.items(): # in the order in which they were written
+        size = target[name].nbytes
+        leaves[name], at = bytes_of[at:at + size].view(dtype).reshape(shape), at + size
+        if np.issubdtype(leaves[name].dtype, np.inexact) or dtype == 'bfloat16':
+            if not np.isfinite(leaves[name]).all(): raise CheckpointError(f'{folder}: {name} is not finite')
     def back(path, x):
-        new = leaves.get(jax.tree_util.keystr(path), x)
-        if is_key(x): return jax.random.wrap_key_data(new, impl=jax.random.key_impl(x))
-        return new if isinstance(x, (jax.Array, np.ndarray)) else type(x)(new)
+        if (new := leaves.get(jax.tree_util.keystr(path))) is None: return x
+        if is_key(x): return jax.random.wrap_key_data(jnp.array(new), impl=jax.random.key_impl(x))
+        if isinstance(x, jax.Array): return jax.device_put(jnp.array(new), x.sharding)
+        return new.copy() if isinstance(x, np.ndarray) else type(x)(new)
     return jax.tree_util.tree_map_with_path(back, like)
 
 # %% ../nbs/01_runs.ipynb #c237feac
@@ -187,15 +194,18 @@ def lock(folder: Path):
 
 # %% ../nbs/01_runs.ipynb #6be322cb
 def as_dict(config) -> dict:
-    "A config as plain values, ready for JSON."
-    return json.loads(json.dumps(asdict(config) if is_dataclass(config) else dict(config or {}), default=str))
+    "A config as plain values, ready for JSON; whether it was resumed is no part of what was asked."
+    values = asdict(config) if is_dataclass(config) else dict(config or {})
+    return json.loads(json.dumps({name: value for name, value in values.items() if name != 'resume'}, default=str))
 
 def write_file(file: Path, text: str):
-    "Replace a file in one step: a reader sees the old text or the new."
+    "Replace a file in one step: a reader sees the old text or the new, also after the power fails."
     with disk_errors(file):
         beside = file.with_name(file.name + '.tmp')
         beside.write_text(text, encoding='utf-8')
+        sync(beside)
         beside.replace(file)
+        sync(file.parent)
 
 # %% ../nbs/01_runs.ipynb #8944530f
 def metric_line(step: int, metrics: dict) -> str:
@@ -204,10 +214,16 @@ def metric_line(step: int, metrics: dict) -> str:
     return json.dumps({'step': int(step)} | {n: v if math.isfinite(v) else None for n, v in row.items()}) + '\n'
 
 def read_metrics(file: Path) -> list[dict]: # Empty where there is no file
-    "The rows of a `metrics.jsonl`, `null` as nan."
+    "The rows of a `metrics.jsonl`, `null` as nan. Raises DataError for a line that is none of ours."
     if not file.exists(): return []
-    lines = file.read_text(encoding='utf-8').split('\n')[:-1] # what follows the last newline was cut short
-    return [{n: math.nan if v is None else v for n, v in json.loads(line).items()} for line in lines]
+    rows, lines = [], file.read_bytes().split(b'\n')[:-1] # what follows the last newline was cut short
+    for n, line in enumerate(lines, 1):
+        try:
+            rows.append({name: math.nan if v is None else v + 0 for name, v in json.loads(line).items()})
+            int(rows[-1]['step'])
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+            raise DataError(f'{file}:{n}: is damaged; take this line out') from None
+    return rows
 
 # %% ../nbs/01_runs.ipynb #2b003ad0
 def newest(
@@ -217,13 +233,19 @@ def newest(
     "The newest checkpoint that can be read; `CheckpointError` lists the defects where none can."
     problems = []
     for folder in reversed(folders):
-        if problem := defect(folder): problems.append(problem)
-        else: break
-    else: raise CheckpointError('; '.join([*problems, 'no good checkpoint is left: start again in another folder']))
-    for problem in problems: print(f'{problem}; using step {folder.name}', file=sys.stderr)
-    return int(folder.name), load_tree(folder, like)
+        try: tree = load_tree(folder, like)
+        except CheckpointError as e: problems.append(str(e)); continue
+        for problem in problems: print(f'{problem}; using step {folder.name}', file=sys.stderr)
+        return int(folder.name), tree
+    raise CheckpointError('; '.join([*problems, 'no good checkpoint is left: start again in another folder']))
 
 # %% ../nbs/01_runs.ipynb #8bd6ffb1
+def tidy(folder: Path):
+    "Take away what a crash left unfinished, and put back what was about to be replaced."
+    for old in folder.glob('*.old'):
+        if not old.with_suffix('').exists(): old.rename(old.with_suffix(''))
+    for unfinished in folder.glob('*.*'): shutil.rmtree(unfinished)
+
 def take(
     folder: Path,
     config, # A dataclass, a dict or None
@@ -241,8 +263,24 @@ def take(
     if used and file.exists() and file.read_text(encoding='utf-8') != text: # resumed with other settings: keep both
         file.rename(folder/f'config.before-{time.strftime("%Y%m%d-%H%M%S")}.json')
     write_file(file, text)
-    for unfinished in (folder/'checkpoints').glob('*.*'): shutil.rmtree(unfinished)
+    tidy(folder/'checkpoints')
     return holder
+
+# %% ../nbs/01_runs.ipynb #b07d582f
+@contextlib.contextmanager
+def gently(): # Gives a list that is empty until somebody asks to stop
+    "SIGTERM and Ctrl-C leave a note instead of stopping, once."
+    asked, both = [], (signal.SIGINT, signal.SIGTERM)
+    before = {s: signal.getsignal(s) for s in both} if threading.current_thread() is threading.main_thread() else {}
+    before = {s: how for s, how in before.items() if how not in (None, signal.SIG_IGN)}
+    def note(number, _):
+        asked.append(number)
+        for s in before: signal.signal(s, before[s] if 'ipykernel' in sys.modules else signal.SIG_DFL)
+        os.write(2, b'\nstopping after this step; once more stops at once\n')
+    for s in before: signal.signal(s, note)
+    try: yield asked
+    finally:
+        for s, how in before.items(): signal.signal(s, how)
 
 # %% ../nbs/01_runs.ipynb #26554455
 class Run:
@@ -253,6 +291,7 @@ class Run:
         resume: bool = False, # Go on where an earlier run in this folder stopped
     ):
         self.path, self.config, self.resume, self.held = Path(folder), config, resume, None
+        self.saved = 0 # the step of the checkpoint that was read or written last
 
     def __enter__(self):
         self.held = take(self.path, self.config, self.resume)
@@ -278,94 +317,42 @@ class Run:
         with disk_errors(file), open(file, 'a', encoding='utf-8') as f: f.write(line)
 
     def save(self, step: int, tree):
-        "Save a pytree as the checkpoint of `step`; the last few stay (`keep_checkpoints`), none newer than this one."
+        "Save a pytree as the checkpoint of `step`; the last few stay (`keep_checkpoints`) and those of `keep`, none newer than this one."
         assert self.held, 'writing happens inside `with Run(...) as run:`'
-        save_tree(self.path/'checkpoints'/str(step), tree)
-        keep = [f for f in self.checkpoints() if int(f.name) <= step][-max(1, setting('lab', 'keep_checkpoints', 2)):]
-        for folder in set(self.checkpoints()) - set(keep): shutil.rmtree(folder)
+        if logged := (file := self.path/'metrics.jsonl').exists(): sync(file)
+        save_tree(self.path/'checkpoints'/str(step), tree, logged and file.read_bytes().count(b'\n'))
+        self.saved, there, named = step, self.checkpoints(), self.kept().values()
+        last = [f for f in there if int(f.name) <= step][-max(1, setting('lab', 'keep_checkpoints', 2)):]
+        for folder in {*there} - {*last} - {f for f in there if int(f.name) in named}: shutil.rmtree(folder)
+
+    def kept(self) -> dict: # Step by reason
+        "The checkpoints that are never deleted."
+        file = self.path/'kept.json'
+        return json.loads(file.read_text(encoding='utf-8')) if file.exists() else {}
+
+    def keep(self, step: int, reason: str): # Say `best`, or what names it: a data set, a table; one step a reason
+        "Never delete the checkpoint of this step, until the reason moves to another."
+        write_file(self.path/'kept.json', json.dumps(self.kept() | {reason: int(step)}, indent=1) + '\n')
 
     def restore(self, like) -> tuple: # The step and the tree; a run that never saved starts at step 0 with `like`
         "The newest good checkpoint. Inside `with`, rows logged after it are dropped: they will be lived through again."
         step, tree = (0, like) if self.held and not self.checkpoints() else newest(self.checkpoints(), like)
         if self.held:
-            rows = [row for row in self.metrics() if row['step'] <= step]
+            rows, self.saved = [row for row in self.metrics() if row['step'] <= step], step
+            told = step and json.loads((self.path/'checkpoints'/str(step)/'MANIFEST.json').read_text())['rows']
+            if len(rows) < told: print(f'{self.path}/metrics.jsonl: holds {len(rows)} rows up to step {step}, {told} were written', file=sys.stderr)
             write_file(self.path/'metrics.jsonl', ''.join(metric_line(row.pop('step'), row) for row in rows))
         return step, tree
 
-# %% ../nbs/01_runs.ipynb #d7de3fe8
-def plot_metrics(
-    run, # A `Run`, or rows with a `step` each
-    names: tuple|None = None, # Which metrics; None: the first six that change
-):
-    "One small panel a metric, as a matplotlib figure."
-    import matplotlib.pyplot as plt
-    rows = run.metrics() if isinstance(run, Run) else list(run)
-    columns = {n: [(row['step'], row[n]) for row in rows if n in row] for row in rows for n in row if n != 'step'}
-    names = names or [n for n, points in columns.items() if len({y for _, y in points}) > 1][:6] or list(columns)[:1]
-    width = min(3, max(1, len(names)))
-    height = max(1, math.ceil(len(names)/width))
-    figure, axes = plt.subplots(height, width, figsize=(3.6*width, 2.2*height), squeeze=False, layout='constrained')
-    for axis in axes.flat[len(names):]: axis.set_axis_off()
-    for axis, name in zip(axes.flat, names):
-        axis.plot(*zip(*columns[name]), lw=1.2)
-        axis.set_title(name, fontsize=9)
-        axis.tick_params(labelsize=7)
-    plt.close(figure)
-    return figure
-
-# %% ../nbs/01_runs.ipynb #9d09151c
-def minutes(seconds: float) -> str:
-    "A duration for people: `0:07`, `12:40`, `1:02:03`."
-    h, m, s = int(seconds)//3600, int(seconds)//60 % 60, int(seconds) % 60
-    return f'{h}:{m:02}:{s:02}' if h else f'{m}:{s:02}'
-
-def numbers(item) -> str:
-    "The first three metrics of a `(step, metrics)`; nothing for other items."
-    row = item[-1] if isinstance(item, tuple) and item and isinstance(item[-1], dict) else {}
-    return ', '.join(f'{name} {float(value):.4g}' for name, value in list(row.items())[:3])
-
-# %% ../nbs/01_runs.ipynb #fb3f935b
-def plain_line(
-    label: str,
-    done: int,
-    total: int|None, # None: nobody knows
-    seconds: float, # Since the start
-    item = None, # The newest one
-) -> str:
-    "Where things stand, in one line."
-    far = f'{done}/{total}' if total else f'{done}'
-    left = f', {minutes(seconds/done*(total - done))} left' if total and done < total else ''
-    return ' · '.join(part for part in (f'{label} {far}'.strip(), minutes(seconds) + left, numbers(item)) if part)
-
-# %% ../nbs/01_runs.ipynb #1c47f771
-def live_plot(run: Run): # A function to call whenever the plot shall be redrawn
-    "A plot of a run's metrics in the notebook cell that is running; None where there is no notebook."
-    shell = sys.modules['IPython'].get_ipython() if 'IPython' in sys.modules else None
-    if run is None or getattr(shell, 'kernel', None) is None: return None
-    from IPython.display import display
-    picture = display(plot_metrics(run), display_id=True)
-    return lambda: picture.update(plot_metrics(run))
-
-# %% ../nbs/01_runs.ipynb #bd12120a
-def progress(
-    iterable,
-    total: int|None = None, # None: its length, where it has one
-    label: str = '',
-    run: Run|None = None, # Its metrics are plotted in a notebook
-    every: float|None = None, # Seconds between two lines or plots; None: the setting `progress_seconds`, or 10
-):
-    "Pass the items on and tell how far it is: a bar on a terminal, a plot in a notebook, plain lines elsewhere."
-    total = total or (len(iterable) if hasattr(iterable, '__len__') else None)
-    if sys.stderr.isatty():
-        from tqdm import tqdm
-        with tqdm(iterable, label, total, dynamic_ncols=True) as bar:
-            for item in bar: bar.set_postfix_str(numbers(item), refresh=False); yield item
-        return
-    every, start, redraw = every or setting('lab', 'progress_seconds', 10.), time.monotonic(), live_plot(run)
-    told, done, item = start, 0, None
-    def line(): print(plain_line(label, done, total, time.monotonic() - start, item), file=sys.stderr, flush=True)
-    tell = redraw or line
-    for done, item in enumerate(iterable, 1):
-        yield item
-        if time.monotonic() - told >= every: tell(); told = time.monotonic()
-    if done: tell()
+    @contextlib.contextmanager
+    def safely(self, whole): # Takes a function () → the step and the tree of this moment; gives the list of `gently`
+        "Around a training loop: what it has reached is saved when it is done, fails with a `LabError` or is asked to stop."
+        def save():
+            step, tree = whole()
+            if step != self.saved: self.save(step, tree)
+            if asked: print(f'stopped at step {step}, which is saved; go on with --resume', file=sys.stderr, flush=True)
+        with gently() as asked:
+            try: yield asked
+            except (LabError, KeyboardInterrupt): save(); raise
+            save()
+            if asked: raise KeyboardInterrupt

@@ -3,7 +3,8 @@ import contextlib, errno, json, math, os, random, shutil, signal, subprocess, sy
 from pathlib import Path
 import jax, jax.numpy as jnp, numpy as np, pytest
 from rlhf_lab.core import CheckpointError, LabError, State, UsageError
-from rlhf_lab.runs import Run, cache_dir, defect, load_tree, progress, save_tree, setting
+from rlhf_lab.progress import progress
+from rlhf_lab.runs import Run, cache_dir, defect, load_tree, save_tree, setting
 
 root = Path(__file__).resolve().parent.parent
 
@@ -50,9 +51,8 @@ def test_any_damage_to_any_file_is_named_and_an_older_checkpoint_used(tmp_path, 
     whole = tmp_path/'whole'
     shutil.copytree(run.path/'checkpoints/2', whole)
     names = [f.relative_to(whole) for f in sorted(whole.rglob('*')) if f.is_file() and f.stat().st_size]
-    assert len(names) > 5
+    assert len(names) == 2
     for name in names:
-        if name.name == 'MANIFEST.json' and damage in (damage_bit, damage_more): continue # judged below: its words may survive
         shutil.rmtree(run.path/'checkpoints/2')
         shutil.copytree(whole, run.path/'checkpoints/2')
         damage(run.path/'checkpoints/2'/name)
@@ -86,21 +86,19 @@ def test_the_last_two_stay_and_a_broken_future_goes(tmp_path):
 
 def test_what_a_crash_left_behind_is_cleared(tmp_path):
     with Run(tmp_path) as run: run.save(1, a_tree())
-    for name in ('2.tmp', '2.tmp.orbax-checkpoint-tmp'): (tmp_path/'checkpoints'/name).mkdir()
+    for name in ('2.tmp', '3.tmp'): (tmp_path/'checkpoints'/name).mkdir()
     with Run(tmp_path, resume=True) as run: assert run.restore(a_tree())[0] == 1
     assert [f.name for f in (tmp_path/'checkpoints').iterdir()] == ['1']
 
 # ── full disks ──
 
 def test_a_full_disk_is_one_line_and_the_last_checkpoint_stays(tmp_path, monkeypatch):
-    import orbax.checkpoint as ocp
-    def full(self, path, *_, **__):
-        Path(path).mkdir(parents=True)
-        raise ValueError(f'RESOURCE_EXHAUSTED: writing {path}: No space left on device')
+    def full(path): raise OSError(errno.ENOSPC, 'No space left on device')
     with Run(tmp_path) as run:
         run.save(1, a_tree(1))
-        monkeypatch.setattr(ocp.PyTreeCheckpointer, 'save', full)
-        with pytest.raises(LabError, match=r'checkpoints/2: the disk is full, \d+ MB are left; make room'): run.save(2, a_tree(2))
+        monkeypatch.setattr('rlhf_lab.runs.sync', full)
+        for step in (2, 1):
+            with pytest.raises(LabError, match=rf'checkpoints/{step}: the disk is full, \d+ MB are left; make room'): run.save(step, a_tree(2))
         monkeypatch.undo()
         assert [f.name for f in (tmp_path/'checkpoints').iterdir()] == ['1']
         same(run.restore(a_tree())[1], a_tree(1))
