@@ -19,6 +19,7 @@ from .model import Transformer
 from .online import (add_group_advantages, bnpo, cispo, contest, dapo, dr_grpo, duel_loss, gradient_norms, grpo, grpo_advantages, grpo_loss, hybrid_loss,
     k1, k2, k3, online_loss, rloo_advantages, rloo_loss, sequencewise, tokenwise)
 from .ppo import ActorCritic, AdaptiveKL, PPOConfig, clipped_surrogate, practise
+from .progress import progress
 from .reward import judge_reward
 from .runs import Run
 from .tokens import encode_prompt, text_ids

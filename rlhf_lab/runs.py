@@ -164,6 +164,7 @@ def load_tree(
             raise CheckpointError(f'{folder}: {name} is {there.get(name, "missing")}, this run needs '
                                   f'{here or "no such thing"}; resume with the settings of that run')
     bytes_of, at, leaves = np.fromfile(folder/'arrays.bin', np.uint8), 0, {}
+    if len(bytes_of) != sum(x.nbytes for x in target.values()): raise CheckpointError(f'{folder}/arrays.bin: is not as long as its arrays')
     for name, (dtype, shape) in there.items(): # in the order in which they were written
         size = target[name].nbytes
         leaves[name], at = bytes_of[at:at + size].view(dtype).reshape(shape), at + size
@@ -219,7 +220,7 @@ def read_metrics(file: Path) -> list[dict]: # Empty where there is no file
     rows, lines = [], file.read_bytes().split(b'\n')[:-1] # what follows the last newline was cut short
     for n, line in enumerate(lines, 1):
         try:
-            rows.append({name: math.nan if v is None else v + 0 for name, v in json.loads(line).items()})
+            rows.append({name: math.nan if v is None else +v for name, v in json.loads(line).items()})
             int(rows[-1]['step'])
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
             raise DataError(f'{file}:{n}: is damaged; take this line out') from None
