@@ -1,12 +1,10 @@
 "What would bore a reader of 01_runs: crashes at any moment, every way to damage a checkpoint, full disks, two trainers at once."
-import contextlib, errno, json, math, os, random, shutil, signal, subprocess, sys, time
+import contextlib, errno, json, math, os, shutil
 from pathlib import Path
 import jax, jax.numpy as jnp, numpy as np, pytest
 from rlhf_lab.core import CheckpointError, LabError, State, UsageError
 from rlhf_lab.progress import progress
 from rlhf_lab.runs import Run, cache_dir, defect, load_tree, save_tree, setting
-
-root = Path(__file__).resolve().parent.parent
 
 def a_tree(seed: int = 0) -> dict:
     "Everything that a trainer may want back."
@@ -139,59 +137,6 @@ def test_a_run_that_never_saved_resumes_at_zero_and_a_look_at_nothing_is_an_erro
     with Run(tmp_path, resume=True) as run: assert run.restore({'w': 1})[0] == 0
     assert run.metrics() == []
     with pytest.raises(CheckpointError, match='no good checkpoint'): run.restore({'w': 1})
-
-HOLD = '''
-import sys, time
-from rlhf_lab.runs import Run
-with Run(sys.argv[1], resume=True): print('held', flush=True); time.sleep(60)
-'''
-
-def test_two_trainers_in_one_folder_and_a_lock_whose_owner_died(tmp_path):
-    other = subprocess.Popen([sys.executable, '-c', HOLD, tmp_path], stdout=subprocess.PIPE, text=True, cwd=root)
-    try:
-        assert other.stdout.readline() == 'held\n'
-        with pytest.raises(LabError, match=f'in use by process {other.pid};'):
-            with Run(tmp_path, resume=True): pass
-    finally: other.kill(); other.wait()
-    with Run(tmp_path, resume=True): assert (tmp_path/'run.lock').read_text().split()[0] == str(os.getpid())
-
-# ── kill -9 ──
-
-TRAIN = '''
-import sys, jax, jax.numpy as jnp
-from rlhf_lab.runs import Run
-print('ready', flush=True)
-with Run(sys.argv[1], resume=True) as run:
-    start, state = run.restore({'w': jnp.zeros(2), 'key': jax.random.key(0)})
-    for step in range(start + 1, 41):
-        key, noise = jax.random.split(state['key'])
-        state = {'w': state['w'] + jax.random.normal(noise, 2), 'key': key}
-        run.log(step, {'w': state['w'][0]})
-        run.save(step, state)
-'''
-
-def kill_and_resume(folder: Path, kills: int):
-    chance = random.Random(kills)
-    for n in range(kills + 1):
-        trainer = subprocess.Popen([sys.executable, '-c', TRAIN, folder], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=root)
-        trainer.stdout.readline()
-        if n < kills:
-            time.sleep(chance.uniform(.1, 1.5))
-            trainer.send_signal(signal.SIGKILL)
-        assert trainer.wait(120) in ((-signal.SIGKILL, 0) if n < kills else (0,)), trainer.stderr.read()[-2000:]
-    state, straight = {'w': jnp.zeros(2), 'key': jax.random.key(0)}, []
-    for _ in range(40):
-        key, noise = jax.random.split(state['key'])
-        state = {'w': state['w'] + jax.random.normal(noise, 2), 'key': key}
-        straight.append(float(state['w'][0]))
-    assert [row['step'] for row in Run(folder).metrics()] == list(range(1, 41))
-    assert [row['w'] for row in Run(folder).metrics()] == straight
-    same(Run(folder).restore(state)[1], state)
-
-def test_killed_at_any_moment_it_resumes_without_a_gap(tmp_path): kill_and_resume(tmp_path/'run', 3)
-
-@pytest.mark.slow
-def test_killed_fifty_times(tmp_path): kill_and_resume(tmp_path/'run', 50)
 
 # ── metrics, settings, progress ──
 
