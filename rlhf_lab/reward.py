@@ -19,7 +19,7 @@ from .core import Array, Batch, CheckpointError, DataError, Float, Pairs, UsageE
 from .data import Batches, load_rows, prompt_text, tokenize_rows
 from .lora import HeadParam, add_head, add_lora, on_trunk, share
 from .model import Transformer
-from .runs import Run
+from .runs import Run, plain
 from .sft import prepare_rows
 from .stats import brier, cross_fit, ece, fit_temperature, interval, log_loss, reliability_plot, sigmoid, symmetrise
 
@@ -263,7 +263,7 @@ def save_judge(judge: Transformer, tokenizer, folder: Path, card: dict):
 
 def read_card(folder) -> dict:
     "What a run says of its judge or judges. Raises CheckpointError where there is none."
-    try: return json.loads((Path(folder)/'reward.json').read_text())
+    try: return json.loads((plain(Path(folder))/'reward.json').read_text())
     except (OSError, ValueError) as error: raise CheckpointError(f'{folder} holds no reward model ({error}): train one with `rlhf-lab reward`') from None
 
 def load_judge(

@@ -252,6 +252,7 @@ def recall(run, state: State, like: dict) -> tuple: # The state, and what else t
         'give that model and its precision, or start a new run')
     return state.replace(**{name: saved.pop(name) for name in ('params', 'opt_state', 'step', 'key')}), saved
 
+# %% ../nbs/30_train.ipynb #1b00609d
 def failed_before(run) -> int:
     "How many updates at the end of what was logged were broken."
     return sum(1 for _ in itertools.takewhile(lambda row: row.get('skipped'), reversed(run.metrics())))
