@@ -8,9 +8,8 @@ __all__ = ['RECIPES', 'AGGREGATES', 'ESTIMATES', 'load_reward', 'load_actor', 'l
 
 # %% ../nbs/37_practise.ipynb #0ae208e2
 import dataclasses, functools, jax, jax.numpy as jnp, optax
-from pathlib import Path
 from typing import Literal
-from .core import Array, DataError, LabError, State, UsageError
+from .core import Array, DataError, LabError, UsageError
 from .data import check_fingerprint, fingerprint, load_rows, prompt_texts, require_good
 from .doctor import PPO_SIGNS, watched
 from .generate import generate

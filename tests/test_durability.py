@@ -1,5 +1,5 @@
 "A run that cannot be lost: killed anywhere, stopped by a signal or damaged on disk, it goes on to the very same end (T1–T8, W1, W2)."
-import contextlib, json, os, random, shutil, signal, subprocess, sys, time
+import contextlib, json, os, shutil, signal, subprocess, sys, time
 from pathlib import Path
 import jax, jax.numpy as jnp, numpy as np, pytest
 from rlhf_lab.core import CheckpointError, LabError

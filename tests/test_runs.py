@@ -1,10 +1,10 @@
 "What would bore a reader of 01_runs: crashes at any moment, every way to damage a checkpoint, full disks, two trainers at once."
-import contextlib, errno, json, math, os, shutil
+import contextlib, errno, json, math, shutil
 from pathlib import Path
 import jax, jax.numpy as jnp, numpy as np, pytest
 from rlhf_lab.core import CheckpointError, LabError, State, UsageError
 from rlhf_lab.progress import progress
-from rlhf_lab.runs import Run, cache_dir, defect, load_tree, save_tree, setting
+from rlhf_lab.runs import Run, cache_dir, load_tree, save_tree, setting
 
 def a_tree(seed: int = 0) -> dict:
     "Everything that a trainer may want back."
