@@ -465,7 +465,7 @@ def build(
     app, demo = Shielded(title='rlhf_lab', **closed), page(models, store)
     gr.mount_gradio_app(app, demo, path='/', app_kwargs=closed, theme=theme(), css=CSS, head=KEYS, ssr_mode=False,
         show_error=False, footer_links=[], run_history=False, enable_monitoring=False, allowed_paths=[],
-        blocked_paths=[str(store.path.parent.resolve())], max_file_size='2mb')
+        blocked_paths=[str(store.path.parent.resolve())] if store.path else [], max_file_size='2mb')
     return app, demo
 
 # %% ../nbs/51_app.ipynb #36142fad

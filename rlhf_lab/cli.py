@@ -37,19 +37,29 @@ verbs = {
     'eval': Verb('compare models on held-out prompts', 'rlhf_lab.evaluate:EvalConfig', 'rlhf_lab.evaluate:evaluate'),
     'compare': Verb('all methods from one start, in one table and one picture', 'rlhf_lab.compare:CompareConfig',
                     'rlhf_lab.compare:compare_methods'),
+    'iterate': Verb('rounds of asking, judging, learning and comparing; a model is promoted only if it won',
+                    'rlhf_lab.loop:IterateConfig', 'rlhf_lab.loop:iterate'),
     'examine': Verb('what is wrong with a run, from its metrics', 'rlhf_lab.cli:ExamineConfig',
                     'rlhf_lab.cli:examine', False),
     'card': Verb('the report card of a reward model', 'rlhf_lab.card:CardConfig', 'rlhf_lab.card:make_card'),
     'generate': Verb('one answer to one prompt', 'rlhf_lab.cli:GenerateConfig', 'rlhf_lab.cli:write', False),
     'chat': Verb('talk with a model in the terminal', 'rlhf_lab.cli:ChatConfig', 'rlhf_lab.cli:chat', False),
     'app': Verb('compare models in the browser and vote', 'rlhf_lab.cli:AppConfig', 'rlhf_lab.cli:launch', False),
+    'feedback list': Verb('the newest judgements', 'rlhf_lab.clerk:FeedbackListConfig', 'rlhf_lab.clerk:list_feedback', False),
+    'feedback stats': Verb('how many judgements, by whom, and what became of them', 'rlhf_lab.clerk:StoreConfig', 'rlhf_lab.clerk:stats', False),
+    'feedback export': Verb('a data set out of the judgements, with card and manifest', 'rlhf_lab.clerk:FeedbackExportConfig',
+                            'rlhf_lab.clerk:export', False),
+    'feedback import': Verb('judgements out of a data set', 'rlhf_lab.clerk:FeedbackImportConfig', 'rlhf_lab.clerk:take_in', False),
+    'feedback withdraw': Verb('take a judgement back', 'rlhf_lab.clerk:FeedbackWithdrawConfig', 'rlhf_lab.clerk:withdraw', False),
+    'feedback erase': Verb('forget what somebody said, for good', 'rlhf_lab.clerk:FeedbackEraseConfig', 'rlhf_lab.clerk:forget', False),
+    'feedback backup': Verb('a copy of the store, while it is used', 'rlhf_lab.clerk:FeedbackBackupConfig', 'rlhf_lab.clerk:save', False),
     'env': Verb('versions, devices, settings: for a report', 'rlhf_lab.cli:EnvConfig', 'rlhf_lab.cli:env', False),
 }
 
 # %% ../nbs/53_cli.ipynb #c2835368
 def usage() -> str:
     "What `rlhf-lab --help` says."
-    lines = [f'  {name:12}{verb.about}' for name, verb in verbs.items()]
+    lines = [f'  {name:19}{verb.about}' for name, verb in verbs.items()]
     return '\n'.join(['usage: rlhf-lab VERB [flags]', '', *lines, '',
         'rlhf-lab VERB --help lists its flags. Every verb also takes',
         '  --config FILE, -c FILE    settings from YAML, or from the config.json of a run; later files win, flags win',
@@ -211,7 +221,7 @@ def dispatch(args: list[str]):
         from rlhf_lab import __version__
         print(__version__); return 0
     name = next((name for name in verbs if name.split() == args[:len(name.split())]), None)
-    if not name: unknown('verb', ' '.join(args[:2] if args[0] == 'data' else args[:1]), list(verbs))
+    if not name: unknown('verb', ' '.join(args[:2] if args[0] in ('data', 'feedback') else args[:1]), list(verbs))
     verb, config = verbs[name], find(verbs[name].config)
     config, origins = parse(name, config, args[len(name.split()):])
     if verb.tells: print(resolved(name, config, origins), flush=True)

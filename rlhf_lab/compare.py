@@ -18,10 +18,10 @@ from .lora import add_lora, load_adapter, merge_lora
 from .practise import OnlineConfig, train_online, train_ppo
 from .ppo import PPOConfig
 from .prefer import DPOConfig, KTOConfig, train_dpo, train_kto
-from .quickstart import GoldScorer, QuickstartConfig, film_prompts, film_reviews, split_reviews, tiny, toy_reviews, write_rows
+from .quickstart import GoldScorer, QuickstartConfig, film_prompts, film_reviews, has_room, split_reviews, tiny, toy_reviews, write_rows
 from .runs import Run, write_file
 from .stats import interval
-from .tokens import encode_prompt
+from .tokens import encode_prompt, load_tokenizer
 from .weights import load_model
 
 # %% ../nbs/47_compare.ipynb #f68e541f
@@ -83,7 +83,8 @@ def of_quickstart(
     settings = QuickstartConfig(**{name: there[name] for name in ('tiny', 'seed', 'new_tokens', 'temperature')})
     settings = replace(tiny(settings) if settings.tiny else settings, new_tokens=there['new_tokens'])
     shares = split_reviews(toy_reviews() if settings.tiny else film_reviews())
-    return Start(*map(str, (needed[1], folder/'reward', *needed[3:])), GoldScorer(shares['gold']), film_prompts(shares['report'], prompts, seed=settings.seed), settings)
+    asked = film_prompts(shares['report'], prompts, seed=settings.seed, fits=has_room(settings, load_tokenizer(needed[1])))
+    return Start(*map(str, (needed[1], folder/'reward', *needed[3:])), GoldScorer(shares['gold']), asked, settings)
 
 # %% ../nbs/47_compare.ipynb #3359fbca
 def spoil(

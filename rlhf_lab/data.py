@@ -224,7 +224,7 @@ def show_rows(
             print(f'── row {k}', preview(*encode_example(tokenizer, row['prompt'], text), tokenizer), sep='\n')
 
 # %% ../nbs/11_data.ipynb #71810ec1
-WIDTHS = 64, 96, 128, 256, 512, 1024, 2048, 4096
+WIDTHS = 64, 80, 96, 128, 256, 512, 1024, 2048, 4096
 
 def collate(
     rows: list[list[Example]], # The examples of each row; an empty list makes an empty row

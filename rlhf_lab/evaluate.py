@@ -123,8 +123,8 @@ def ask(
             shared=shared, n=n, rows=np.arange(start*n, (start + len(some))*n))
         if reference is not None:
             both = Batch(rollout.tokens, rollout.mask, below=rollout.below if reference.split == model.split else None, shared=shared)
-            own, other = (_logprobs(m, both, temperature) for m in (model, reference))
-            rollout = rollout.replace(logprobs=own, ref_logprobs=other)
+            own = rollout.logprobs if model.dtype == 'float32' else _logprobs(model, both, temperature) # rounded, the sampler's differ
+            rollout = rollout.replace(logprobs=own, ref_logprobs=_logprobs(reference, both, temperature))
         parts.append(jax.tree.map(lambda x: np.asarray(x[:real*n]), rollout))
     return jax.tree.map(lambda *x: np.concatenate(x), *parts)
 

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['OPENING', 'SHARES', 'STAGE', 'Review', 'tidy', 'film_reviews', 'place', 'split_reviews', 'snippets', 'GoldScorer',
-           'film_prompts', 'toy_reviews', 'save_toy', 'label_pairs', 'compare', 'QuickstartConfig', 'tiny', 'Stages',
-           'write_rows', 'sampled_states', 'sample_pairs', 'quickstart', 'tell']
+           'film_prompts', 'toy_reviews', 'save_toy', 'label_pairs', 'compare', 'QuickstartConfig', 'has_room', 'tiny',
+           'Stages', 'write_rows', 'sampled_states', 'sample_pairs', 'quickstart', 'tell']
 
 # %% ../nbs/44_quickstart.ipynb #e7b33bae
 import csv, functools, hashlib, json, os, random, re, time
@@ -25,9 +25,9 @@ from .reward import RewardConfig, train_reward
 from .runs import Run, write_file
 from .sft import SFTConfig, train_sft
 from .stats import interval
-from .tokens import encode_prompt, train_tokenizer
+from .tokens import encode_prompt, load_tokenizer, text_ids, train_tokenizer
 from .train import remember
-from .weights import DEFAULT_MODEL, fetch_package, load_model, save_model
+from .weights import DEFAULT_MODEL, fetch_package, find_model, load_model, save_model
 
 # %% ../nbs/44_quickstart.ipynb #15656712
 class Review(NamedTuple):
@@ -122,6 +122,7 @@ def film_prompts(
     n: int = None, # How many; None: all there are
     words: int = 24, # Length of the human completion, about 32 tokens
     seed: int = 0, # Which ones
+    fits = None, # Row → whether to take it; None: all
 ) -> list[dict]: # Rows with `prompt` (messages) and `completion`, the human one
     "Chat prompts to continue a review. Raises DataError when there are fewer than `n`."
     shortest, longest = OPENING
@@ -131,7 +132,7 @@ def film_prompts(
         if len(spoken := review.text.split()) < opening + words: continue
         ask = 'Continue this film review: ' + ' '.join(spoken[:opening])
         rows.append(dict(prompt=[dict(role='user', content=ask)], completion=' '.join(spoken[opening:opening + words])))
-    rows = list({row['prompt'][0]['content']: row for row in rows}.values())
+    rows = [row for row in {row['prompt'][0]['content']: row for row in rows}.values() if not fits or fits(row)]
     if n is not None and len(rows) < n: raise DataError(f'{len(rows)} reviews are long enough, {n} are needed: ask for fewer prompts')
     return random.Random(seed).sample(rows, len(rows) if n is None else n)
 
@@ -212,7 +213,7 @@ def compare(
     return [one.row(rival) for one in every.values()], every
 
 # %% ../nbs/44_quickstart.ipynb #24f3e851
-STAGE = dict(holdout=0., eos=False, max_length=128, learning_rate=1e-3, save_every=10**9)
+STAGE = dict(holdout=0., eos=False, max_length=80, learning_rate=1e-3, save_every=10**9)
 
 @dataclass
 class QuickstartConfig:
@@ -223,15 +224,20 @@ class QuickstartConfig:
     seed: int = 0
     resume: bool = False # Keep the stages that are done in `out`
     split: Literal['report', 'development'] = 'report' # Whose prompts are judged; development is for choosing settings
-    prompts: int = 128 # How many are judged
+    prompts: int = 96 # How many are judged
     candidates: int = 4 # Of best-of-n
-    pairs: int = 384 # Preferences for the reward model and for DPO
+    pairs: int = 320 # Preferences for the reward model and for DPO
     new_tokens: int = 32 # In a completion
     temperature: float = 0.8 # In sampling and in log-probabilities alike
-    sft: SFTConfig = field(default_factory=lambda: SFTConfig(steps=16, batch_size=32, **STAGE))
+    sft: SFTConfig = field(default_factory=lambda: SFTConfig(steps=12, batch_size=32, **STAGE))
     reward: RewardConfig = field(default_factory=lambda: RewardConfig(pool='mean', batch_size=16, **dict(STAGE, holdout=.2)))
-    ppo: PPOConfig = field(default_factory=lambda: PPOConfig(steps=12, batch_size=32, epochs=2, kl_coef=.05, kl_budget=7., **dict(STAGE, learning_rate=2e-3)))
+    ppo: PPOConfig = field(default_factory=lambda: PPOConfig(steps=10, batch_size=32, epochs=2, kl_coef=.05, kl_budget=7., **dict(STAGE, learning_rate=2e-3)))
     dpo: DPOConfig = field(default_factory=lambda: DPOConfig(batch_size=16, **dict(STAGE, learning_rate=2e-3)))
+
+def has_room(config: QuickstartConfig, tokenizer): # Row → bool
+    "Whether the prompt, and a completion of the human's or the models' length, fit into `max_length`."
+    size = lambda text: len(text_ids(tokenizer, text))
+    return lambda row: len(encode_prompt(tokenizer, row['prompt'])) + max(config.new_tokens, size(row['completion'])) <= config.ppo.max_length
 
 def tiny(config: QuickstartConfig) -> QuickstartConfig:
     "The same story for a toy."
@@ -284,10 +290,13 @@ def sample_pairs(
     rollout = ask(policy, [encode_prompt(tokenizer, prompt) for prompt in prompts], key=jax.random.key(config.seed), n=2, batch_size=128,
         max_new_tokens=config.new_tokens, temperature=config.temperature, stop=(tokenizer.eos_token_id,))
     said, states = completions(rollout, tokenizer), sampled_states(rollout, (tokenizer.eos_token_id,))
-    rows = label_pairs(prompts, said[::2], said[1::2], gold, config.seed)
+    rows = clean_rows(label_pairs(prompts, said[::2], said[1::2], gold, config.seed))[0]
+    sides = tokenize_rows(rows, tokenizer, eos=False)
+    fits = [max(len(side.tokens) for side in pair) <= config.dpo.max_length for pair in sides] # read again, a text can have more tokens
+    rows, texts = ([x for x, good in zip(xs, fits) if good] for xs in (rows, sides))
     write_rows(file, rows)
     if not policy.split: return {}
-    texts = [side for sides in tokenize_rows(clean_rows(rows)[0], tokenizer, eos=False) for side in sides]
+    texts = [side for pair in texts for side in pair]
     other = [text for text in texts if text.tokens.tobytes() not in states] # what reads differently once it is text
     below = jax.jit(lambda model, batch: dict(below=model.below(batch).astype(model.dtype)))
     found = remember(functools.partial(below, policy), other, 64)['below'] if other else []
@@ -307,12 +316,13 @@ def quickstart(config: QuickstartConfig) -> list[dict]: # The rows of `table.jso
         print(f'gold scorer: right on {accuracy[0]} of held-out reviews, on {accuracy[1]} of 30-word snippets', flush=True)
         base = save_toy(folder/'base', shares['gold'], config.seed) if config.tiny else config.model
         models = dict(base=base, **{name: str(folder/name/'model') for name in ('sft', 'ppo', 'dpo')})
-        rows, files = film_prompts(shares['train'], seed=config.seed), {name: folder/f'{name}.jsonl' for name in ('written', 'asked', 'pairs')}
+        stages.do('base', lambda: load_model(base))
+        fits = has_room(config, load_tokenizer(find_model(base)))
+        rows, files = film_prompts(shares['train'], seed=config.seed, fits=fits), {name: folder/f'{name}.jsonl' for name in ('written', 'asked', 'pairs')}
         prompts = [row['prompt'] for row in (rows[::-1]*9)[:config.pairs]]
         write_rows(files['written'], rows)
         write_rows(files['asked'], [dict(prompt=row['prompt']) for row in rows])
         part = lambda name, data, model: replace(getattr(config, name), out=str(folder/name), model=model, data=str(files[data]), seed=config.seed)
-        stages.do('base', lambda: load_model(base))
         stages.do('sft', lambda: train_sft(part('sft', 'written', base)))
         states = {}
         stages.do('pairs', lambda: states.update(sample_pairs(config, prompts, gold, files['pairs'], models['sft'])))
@@ -320,7 +330,7 @@ def quickstart(config: QuickstartConfig) -> list[dict]: # The rows of `table.jso
         stages.do('ppo', lambda: train_ppo(replace(part('ppo', 'asked', models['sft']), reward=str(folder/'reward'),
             max_new_tokens=config.new_tokens, temperature=config.temperature)))
         stages.do('dpo', lambda: train_dpo(part('dpo', 'pairs', models['sft']), states))
-        asked = film_prompts(shares[config.split], config.prompts, seed=config.seed)
+        asked = film_prompts(shares[config.split], config.prompts, seed=config.seed, fits=fits)
         with Meter() as last:
             roles, tokenizer = load_roles(models, config.sft.precision)
             table, answers = compare(roles, tokenizer, stages.took, asked, gold, judge_of(folder/'reward', roles['sft']),

@@ -231,7 +231,7 @@ def train_judge(
         judge, margins = normal(state.model), np.zeros(0)
         card = {name: getattr(config, name) for name in ('pool', 'tune', 'layers', 'rank', 'alpha', 'top_layers', 'member')}
         if tests := held and read(config, held, tokenizer)[2]:
-            margins = reward_margins(judge, Batches(tests, config.batch_size, drop_last=False), pool)[0]
+            margins = reward_margins(judge, Batches(tests, config.batch_size, drop_last=False, extras=known_states(states, tests)), pool)[0]
             card.update(report_margins(run.path, margins))
         save_judge(judge, tokenizer, run.path, dict(card, base=str(config.model)))
     return judge, margins

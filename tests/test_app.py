@@ -1,7 +1,7 @@
 "The app from outside: what it serves, what it refuses, and a person's visit in a real browser."
-import asyncio, json, queue, shutil, socket, sqlite3, threading, time
+import asyncio, json, queue, shutil, socket, threading, time
 from pathlib import Path
-import pytest, uvicorn
+import pytest, sqlalchemy, uvicorn
 from fastapi.testclient import TestClient
 from starlette.routing import Route
 from rlhf_lab import app as lab
@@ -109,7 +109,7 @@ def test_a_vote_sets_what_the_person_saw(client, store):
     ids = {'sft': store.record('Hi', 'Hello!', model='sft')}
     for label, now in (('Like', 'up'), ('Like', 'up'), ('Liked ✓', 'none'), ('Liked ✓', 'none')):
         assert call(client, 'up-sft', label, ids).status_code == 200 and store.value(ids['sft']) == now
-    assert store.read('SELECT count(*) AS n FROM event WHERE generation_id = ?', ids['sft']) == [{'n': 2}]
+    assert store.read('SELECT count(*) AS n FROM event WHERE subject = :subject', subject=f'thumb {ids["sft"]}') == [{'n': 2}]
 
 def test_ids_from_a_browser_are_not_believed(client):
     reply = call(client, 'load', {'sft': '../../etc/passwd', 'evil': 'x'}).json()
@@ -155,7 +155,7 @@ def test_errors_are_sentences_and_secrets_stay(store, capsys):
 
 def test_a_store_that_cannot_write_costs_the_vote_only(tmp_path):
     store = Feedback(tmp_path/'votes.db')
-    store.db.execute('PRAGMA query_only = 1')
+    sqlalchemy.event.listen(store.engine, 'begin', lambda connection: connection.exec_driver_sql('PRAGMA query_only = 1'))
     answers = converse(store, 'Hi')
     assert answers['sft'].text == Toy.says['sft'] and 'Not saved' in answers['sft'].note and not answers['sft'].id
     assert 'Not saved' in lab.card('sft', answers['sft']) and not lab.thumb(answers['sft'], 'up')['visible']
@@ -244,11 +244,9 @@ def test_a_person_asks_votes_comes_back_and_changes_their_mind(visit, store):
     ask(visit, prompt)
     assert visit.inner_text('#answer-dpo .text') == Toy.says['dpo']
     visit.click('#up-dpo'); visit.wait_for_selector('#up-dpo.pressed')
-    with sqlite3.connect(store.path) as db:
-        query = 'SELECT prompt, completion, model, run, value, sampling, ts FROM vote WHERE prompt = ?'
-        (*said, sampling, ts), = db.execute(query, [prompt]).fetchall()
-    assert said == [prompt, Toy.says['dpo'], 'dpo', 'toy', 'up'] and abs(ts/1e6 - time.time()) < 60
-    assert json.loads(sampling) == dict(temperature=.7, max_new_tokens=64, seed=0)
+    kept, = [vote for vote in Feedback(store.path).votes() if vote['prompt'] == prompt]
+    assert [kept[name] for name in ('completion', 'model', 'run', 'value')] == [Toy.says['dpo'], 'dpo', 'toy', 'up']
+    assert abs(kept['voted']/1e6 - time.time()) < 60 and json.loads(kept['sampling']) == dict(temperature=.7, max_new_tokens=64, seed=0)
     visit.reload()
     visit.wait_for_selector('#up-dpo.pressed') # the store remembers
     assert visit.input_value('#prompt textarea') == prompt
@@ -256,9 +254,8 @@ def test_a_person_asks_votes_comes_back_and_changes_their_mind(visit, store):
     assert 'pressed' not in visit.get_attribute('#up-dpo', 'class')
     visit.click('#down-dpo'); visit.wait_for_selector('#down-dpo:not(.pressed)')
     assert not [vote for vote in store.votes() if vote['prompt'] == prompt]
-    chain = '''SELECT event.value FROM event JOIN generation ON generation.id = generation_id
-        WHERE prompt = ? ORDER BY event.id'''
-    assert [event['value'] for event in store.read(chain, prompt)] == ['up', 'down', 'none']
+    chain = store.read('SELECT kind, payload FROM event WHERE subject = :subject ORDER BY id', subject=f'thumb {kept["id"]}')
+    assert [json.loads(one['payload']).get('value', one['kind']) for one in chain] == ['up', 'down', 'withdraw']
 
 @pytest.mark.e2e
 def test_hostile_text_is_only_text(visit):
