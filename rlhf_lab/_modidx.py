@@ -820,6 +820,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'rlhf_lab.runs.is_key': ('runs.html#is_key', 'rlhf_lab/runs.py'),
                                'rlhf_lab.runs.load_tree': ('runs.html#load_tree', 'rlhf_lab/runs.py'),
                                'rlhf_lab.runs.lock': ('runs.html#lock', 'rlhf_lab/runs.py'),
+                               'rlhf_lab.runs.make_room': ('runs.html#make_room', 'rlhf_lab/runs.py'),
                                'rlhf_lab.runs.metric_line': ('runs.html#metric_line', 'rlhf_lab/runs.py'),
                                'rlhf_lab.runs.named_leaves': ('runs.html#named_leaves', 'rlhf_lab/runs.py'),
                                'rlhf_lab.runs.newest': ('runs.html#newest', 'rlhf_lab/runs.py'),

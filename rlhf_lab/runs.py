@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['read_settings', 'settings_file', 'setting', 'cache_dir', 'is_full', 'disk_errors', 'plain', 'unlinked', 'is_key',
-           'named_leaves', 'sync', 'digest', 'seal', 'save_tree', 'defect', 'load_tree', 'lock', 'as_dict',
+           'named_leaves', 'sync', 'digest', 'seal', 'make_room', 'save_tree', 'defect', 'load_tree', 'lock', 'as_dict',
            'write_file', 'metric_line', 'read_metrics', 'newest', 'tidy', 'take', 'gently', 'Run']
 
 # %% ../nbs/01_runs.ipynb #c3404be5
@@ -12,7 +12,7 @@ import contextlib, errno, fcntl, hashlib, json, math, os, shutil, signal, sys, t
 from configparser import ConfigParser, Error as ParserError
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
-import jax, jax.numpy as jnp, numpy as np
+import jax, numpy as np
 from .core import CheckpointError, DataError, LabError, UsageError
 
 # %% ../nbs/01_runs.ipynb #8f59de86
@@ -107,9 +107,10 @@ def is_key(x) -> bool:
     return isinstance(x, jax.Array) and jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key)
 
 def named_leaves(tree) -> dict: # Leaves by path; random keys as numbers, empty arrays left out
-    "A pytree as a flat dictionary of arrays."
+    "A pytree as a flat dictionary that Orbax can write."
     leaves = {jax.tree_util.keystr(path): x for path, x in jax.tree_util.tree_leaves_with_path(tree)}
-    raw = {name: np.asarray(jax.random.key_data(x) if is_key(x) else x) for name, x in leaves.items()}
+    raw = {name: jax.random.key_data(x) if is_key(x) else x if isinstance(x, jax.Array) else np.asarray(x)
+           for name, x in leaves.items()}
     return {name: x for name, x in raw.items() if x.size}
 
 # %% ../nbs/01_runs.ipynb #19acb7a7
@@ -127,6 +128,15 @@ def seal(manifest: dict) -> str:
     "SHA-256 of what a manifest says: it vouches for the files, and this for it."
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
+# %% ../nbs/01_runs.ipynb #a920c355
+def make_room(
+    folder: Path, # About to be written
+    size: int, # In bytes
+):
+    "Make the folder above, and see that the disk has room: Orbax writes in threads, which do not fail gently."
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    if shutil.disk_usage(folder.parent).free < size: raise OSError(errno.ENOSPC, 'No space left on device')
+
 # %% ../nbs/01_runs.ipynb #cdf05e8a
 def save_tree(
     folder: Path, # Appears complete, or not at all; what it held before stays until then
@@ -134,25 +144,25 @@ def save_tree(
     rows: int = 0, # Lines of `metrics.jsonl` that belong to it
 ):
     "Write a pytree as a checkpoint: arrays, then their manifest, then the name."
+    import orbax.checkpoint as ocp
     folder, leaves = Path(folder).absolute(), named_leaves(tree)
     beside, old = (folder.with_name(folder.name + end) for end in ('.tmp', '.old'))
     try:
         with disk_errors(folder):
-            shutil.rmtree(beside, ignore_errors=True)
-            beside.mkdir(parents=True)
-            arrays, paper = beside/'arrays.bin', beside/'MANIFEST.json'
-            with open(arrays, 'wb') as f:
-                for x in leaves.values(): f.write(np.ascontiguousarray(x).reshape(-1).view(np.uint8))
-            manifest = dict(name=folder.name, rows=rows, files={arrays.name: [arrays.stat().st_size, digest(arrays)]},
+            make_room(folder, sum(x.nbytes for x in leaves.values()) + 2**20)
+            ocp.PyTreeCheckpointer().save(beside, leaves, force=True)
+            files = sorted(f for f in beside.rglob('*') if f.is_file())
+            manifest = dict(name=folder.name, rows=rows, files={str(f.relative_to(beside)): [f.stat().st_size, digest(f)] for f in files},
                 arrays={name: [str(x.dtype), list(x.shape)] for name, x in leaves.items()})
-            paper.write_text(json.dumps(dict(manifest, seal=seal(manifest)), indent=1))
-            for f in (arrays, paper, beside): sync(f)
+            for f in files: sync(f)
+            (beside/'MANIFEST.json').write_text(json.dumps(dict(manifest, seal=seal(manifest)), indent=1))
+            for f in (beside/'MANIFEST.json', *(f for f in beside.rglob('*') if f.is_dir()), beside): sync(f)
             if folder.exists(): folder.rename(old)
             beside.rename(folder)
             sync(folder.parent)
     finally:
         if old.exists() and not folder.exists(): old.rename(folder)
-        for unfinished in (beside, old): shutil.rmtree(unfinished, ignore_errors=True)
+        for unfinished in (old, *folder.parent.glob(f'{beside.name}*')): shutil.rmtree(unfinished, ignore_errors=True)
 
 # %% ../nbs/01_runs.ipynb #96ef5bfc
 def defect(folder: Path) -> str|None: # None: whole
@@ -181,6 +191,7 @@ def load_tree(
     like, # A tree of the same structure, shapes and types
 ):
     "The pytree in a checkpoint; a `CheckpointError` names what is damaged, does not fit or is no finite number."
+    import orbax.checkpoint as ocp
     folder, target = Path(folder).absolute(), named_leaves(like)
     if problem := defect(folder): raise CheckpointError(problem)
     there = json.loads((folder/'MANIFEST.json').read_text())['arrays']
@@ -189,18 +200,16 @@ def load_tree(
         if there.get(name) != here:
             raise CheckpointError(f'{folder}: {name} is {there.get(name, "missing")}, this run needs '
                                   f'{here or "no such thing"}; resume with the settings of that run')
-    bytes_of, at, leaves = np.fromfile(folder/'arrays.bin', np.uint8), 0, {}
-    if len(bytes_of) != sum(x.nbytes for x in target.values()): raise CheckpointError(f'{folder}/arrays.bin: is not as long as its arrays')
-    for name, (dtype, shape) in there.items(): # in the order in which they were written
-        size = target[name].nbytes
-        leaves[name], at = bytes_of[at:at + size].view(dtype).reshape(shape), at + size
-        if np.issubdtype(leaves[name].dtype, np.inexact) or dtype == 'bfloat16':
-            if not np.isfinite(leaves[name]).all(): raise CheckpointError(f'{folder}: {name} is not finite')
+    args = ocp.checkpoint_utils.construct_restore_args(target)
+    try: leaves = ocp.PyTreeCheckpointer().restore(folder, item=target, restore_args=args)
+    except Exception as e: raise CheckpointError(f'{folder}: cannot be read ({str(e).splitlines()[0] if str(e) else type(e).__name__})') from e
+    for name, x in leaves.items():
+        parts = [part.data for part in x.addressable_shards] if isinstance(x, jax.Array) else [x]
+        if not all(np.isfinite(np.asarray(part)).all() for part in parts): raise CheckpointError(f'{folder}: {name} is not finite')
     def back(path, x):
-        if (new := leaves.get(jax.tree_util.keystr(path))) is None: return x
-        if is_key(x): return jax.random.wrap_key_data(jnp.array(new), impl=jax.random.key_impl(x))
-        if isinstance(x, jax.Array): return jax.device_put(jnp.array(new), x.sharding)
-        return new.copy() if isinstance(x, np.ndarray) else type(x)(new)
+        new = leaves.get(jax.tree_util.keystr(path), x)
+        if is_key(x): return jax.random.wrap_key_data(new, impl=jax.random.key_impl(x))
+        return new if isinstance(x, (jax.Array, np.ndarray)) else type(x)(new)
     return jax.tree_util.tree_map_with_path(back, like)
 
 # %% ../nbs/01_runs.ipynb #c237feac
