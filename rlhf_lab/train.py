@@ -247,7 +247,7 @@ def checkpoint(
 
 def recall(run, state: State, like: dict) -> tuple: # The state, and what else there is
     "The newest checkpoint of a run. Raises CheckpointError where the run started from other weights."
-    _, saved = run.restore(like)
+    saved = dict(run.restore(like)[1]) # a run that never saved gives `like` itself
     if int(saved.pop('origin')) != like['origin']: raise CheckpointError(f'{run.path}: started from other weights than the model has now: '
         'give that model and its precision, or start a new run')
     return state.replace(**{name: saved.pop(name) for name in ('params', 'opt_state', 'step', 'key')}), saved
