@@ -31,9 +31,9 @@ METHODS = dict( # how each is trained: (config, train, its own settings)
     kto=(KTOConfig, train_kto, {}), ppo=(PPOConfig, lambda config: train_ppo(config, lengths), dict(PPO, separate_critic=True)),
     online=(OnlineConfig, lambda config: train_online(config, lengths), dict(PPO, batch_size=8, minibatches=1)))
 
-def rows_of(name: str) -> list:
-    if name == 'sft': return [dict(prompt=f'The film {i}', completion=f' was a joy {i}.') for i in range(24)]
-    return [dict(prompt=f'The film {i}', chosen=f' was a joy {i}.', rejected=f' was a bore, a bore {i}.') for i in range(24)]
+def rows_of(name: str, n: int = 24) -> list:
+    if name == 'sft': return [dict(prompt=f'The film {i}', completion=f' was a joy {i}.') for i in range(n)]
+    return [dict(prompt=f'The film {i}', chosen=f' was a joy {i}.', rejected=f' was a bore, a bore {i}.') for i in range(n)]
 
 def train(name: str, toy: str, out: Path, resume: bool = False):
     "Six updates of a method, with a checkpoint after every second one."
@@ -141,7 +141,8 @@ def all_of_it_moves(out: Path):
     assert len({row['lab/kl_coef'] for row in run.metrics()}) > 3
     assert {row['lab/over_budget'] for row in run.metrics()} == {0, 1}
 
-@pytest.mark.parametrize('name, end', [('sft', 'dies while saving'), ('reward', 'SIGTERM'), ('dpo', 'dies between saves'), ('ppo', 'Ctrl-C while sampling')])
+@pytest.mark.parametrize('name, end', [('sft', 'dies while saving'), *(pytest.param(*case, marks=pytest.mark.slow) for case in
+    (('reward', 'SIGTERM'), ('dpo', 'dies between saves'), ('ppo', 'Ctrl-C while sampling')))])
 def test_an_interrupted_run_ends_where_an_undisturbed_one_does(name, end, toy, tmp_path, monkeypatch):
     train(name, toy, tmp_path/'whole')
     half = tmp_path/'half'
@@ -172,13 +173,14 @@ def test_an_interrupted_run_ends_where_an_undisturbed_one_does(name, end, toy, t
 
 # ── several updates that fail, a budget that is spent, a start that has changed ──
 
+@pytest.mark.slow
 def test_ten_broken_updates_in_a_row_stop_a_run_and_nothing_is_lost(toy, tmp_path, monkeypatch):
     "The last good parameters are saved; who goes on with the same numbers is stopped by the first."
     from rlhf_lab import sft
     loss = sft.sft_loss
     def breaks(model, batch): value, weight, measured = loss(model, batch); return value*jnp.where(batch.tokens.sum()%1 == 0, jnp.nan, 1), weight, measured
     monkeypatch.setattr(sft, 'sft_loss', breaks)
-    (tmp_path/'sft.jsonl').write_text(''.join(json.dumps(row) + '\n' for row in rows_of('sft')*3))
+    (tmp_path/'sft.jsonl').write_text(''.join(json.dumps(row) + '\n' for row in rows_of('sft', 72)))
     for resume, words, rows in ((False, '10 times in a row .step 10.', 10), (True, '11 times', 11)):
         with pytest.raises(LabError, match=words): train('sft', toy, tmp_path/'run', resume)
         run = Run(tmp_path/'run')
@@ -191,6 +193,7 @@ def test_a_budget_that_is_spent_stays_spent(tmp_path):
         run.log(1, {'objective/kl': 2.5})
         assert over(run, config) and not over(run, PPOConfig(kl_budget=3.)) and not over(run, PPOConfig(kl_budget=2., over_budget='rollback'))
 
+@pytest.mark.slow
 def test_another_model_other_words_another_tokenizer(toy, tmp_path):
     "What a run began with is part of what it needs."
     from rlhf_lab.model import Transformer
@@ -351,16 +354,21 @@ def test_settings_cannot_blow_up(tmp_path):
     from rlhf_lab.config import read_config
     from rlhf_lab.core import UsageError
     bomb = 'a: &a [x, x]\n' + ''.join(f'{b}: &{b} [*{a}, *{a}, *{a}, *{a}]\n' for a, b in zip('abcdefghijk', 'bcdefghijkl'))
-    for n, text in enumerate((bomb, '['*10**5, '{"a":'*10**5, 'a: !!python/object/apply:os.system ["touch hacked"]', '\x00')):
-        (tmp_path/f'{n}.yaml').write_text(text)
+    import yaml # that takes its time, and is no part of it
+    for words, text in ((r'`\*` references', bomb), ('nested so deep', '['*10**5), ('nested so deep', '{"a":'*10**5), ('special characters', '\x00')):
+        (tmp_path/'bad.yaml').write_text(text)
         start = time.process_time()
-        with contextlib.suppress(UsageError): assert 'hacked' not in os.listdir() and n == 3 and read_config(str(tmp_path/f'{n}.yaml'))
-        assert time.process_time() - start < (.1 if n == 0 else 5) and not Path('hacked').exists()
+        with pytest.raises(UsageError, match=words): read_config(str(tmp_path/'bad.yaml'))
+        assert time.process_time() - start < (.1 if text is bomb else 2)
+    (tmp_path/'tag.yaml').write_text(f'a: !!python/object/apply:os.mkdir ["{tmp_path}/hacked"]')
+    with contextlib.suppress(UsageError): read_config(str(tmp_path/'tag.yaml'))
+    assert not (tmp_path/'hacked').exists()
 
 # ── real processes ──
 
 CLI = 'import sys; from rlhf_lab.cli import main; sys.exit(main())'
 
+@pytest.mark.slow
 def test_a_signal_saves_within_five_seconds_and_a_second_trainer_is_refused(toy, tmp_path):
     "T5 and T6, with the command line: the first SIGTERM finishes the update, saves and ends with 130."
     (tmp_path/'sft.jsonl').write_text(''.join(json.dumps(row) + '\n' for row in rows_of('sft')))
