@@ -50,15 +50,19 @@ def flatten(
     return {'.'.join(path): (['None' if item.tag.endswith(':null') else item.value for item in items], where)}
 
 def read_config(file: str) -> dict[str, tuple]: # As `flatten`
-    "The settings in a YAML or JSON file. References are refused: they can make a small file huge."
+    "The settings in a YAML or JSON file. References and deep nesting are refused: they can make a small file huge, or slow."
     import yaml
     try:
         with open(file, encoding='utf-8') as f: text = f.read()
-        repeats = any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, yaml.SafeLoader))
-        node = None if repeats else yaml.compose(text, yaml.SafeLoader)
+        repeats, depth = False, 0
+        for event in yaml.parse(text, yaml.SafeLoader):
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if (repeats := isinstance(event, yaml.AliasEvent)) or depth > 20: break
+        node = None if repeats or depth > 20 else yaml.compose(text, yaml.SafeLoader)
     except OSError as e: mistake(f'{file}: {e.strerror}')
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as e: mistake(f'{file}: {" ".join(str(e).split())}')
     if repeats: mistake(f'{file}: `*` references are not read here')
+    if depth > 20: mistake(f'{file}: settings are not nested so deep')
     return flatten(node, file) if node else {}
 
 # %% ../nbs/03_config.ipynb #0eeeb7dc

@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['WIDTHS', 'look_for_hub', 'as_table', 'first_line', 'load_rows', 'clean_text', 'clean_row', 'clean_rows', 'split_rows',
            'prompt_texts', 'report', 'check_source', 'Example', 'tokenize_answers', 'tokenize_rows', 'show_rows',
-           'collate', 'common_start', 'pack_rows', 'Batches', 'of_rows']
+           'collate', 'common_start', 'pack_rows', 'fingerprint', 'check_fingerprint', 'Batches', 'of_rows']
 
 # %% ../nbs/11_data.ipynb #4f99a399
-import hashlib, json, re, unicodedata, zlib
+import functools, hashlib, json, re, unicodedata, zlib
 from itertools import chain, islice, permutations
 from pathlib import Path
 from typing import NamedTuple
@@ -266,6 +266,18 @@ def pack_rows(
     return rows
 
 # %% ../nbs/11_data.ipynb #07101e36
+def fingerprint(
+    texts, # Of token ids
+    *settings,
+) -> int:
+    "A number that changes with the words, with how they are made tokens, and with the settings."
+    return functools.reduce(lambda crc, text: zlib.crc32(np.asarray(text, np.int32).tobytes(), crc), texts, zlib.crc32(repr(settings).encode()))
+
+def check_fingerprint(then: int, now: int):
+    "Raises CheckpointError where a run would go on with something else."
+    if int(then) != now:
+        raise CheckpointError('the data, the tokenizer, the batch size or the seed changed since: put it back, or start a new run')
+
 class Batches:
     "Iterate over `Batch`, or `Pairs` where the examples are pairs; going on with `for` after a `break` continues."
     def __init__(self,
@@ -351,13 +363,16 @@ class Batches:
 
     def state(self) -> dict: # Plain numbers
         "Where we are: after the batch that was handed out last."
-        made_of = (self.lengths.tolist(), self.batch_size, self.seed, self.widths.tolist(), self.drop_last, self.pack)
-        return dict(epoch=self.epoch, position=self.position, fingerprint=zlib.crc32(repr(made_of).encode()))
+        return dict(epoch=self.epoch, position=self.position, fingerprint=self.fingerprint)
+
+    @functools.cached_property
+    def fingerprint(self):
+        return fingerprint((side[0] for e in self.examples for side in (e if self.pairs else (e,))),
+            self.lengths.tolist(), self.batch_size, self.seed, self.widths.tolist(), self.drop_last, self.pack)
 
     def restore(self, state: dict):
         "Go on from there. Raises CheckpointError where the data or the settings are not those of the state."
-        if state['fingerprint'] != self.state()['fingerprint']:
-            raise CheckpointError('the data, the batch size or the seed changed since: put it back, or start a new run')
+        check_fingerprint(state['fingerprint'], self.fingerprint)
         self.epoch, self.position, self.spent = int(state['epoch']), int(state['position']), False
 
 def of_rows(

@@ -379,9 +379,9 @@ def watched(
 ):
     "The updates with `lab/alarms` among their measurements; says every new alarm once, on standard error."
     signs, history = fitting(signs, run), run.metrics()
-    known = {finding.name for finding in examine(history, signs)}
+    known = {finding.name for n, row in enumerate(history, 1) if row.get('lab/alarms') for finding in examine(history[:n], signs)}
     for state, measured, *rest in updates:
-        history.append({'step': int(state.step), **measured})
+        history.append({'step': int(state.step)} | {name: x if math.isfinite(x) else math.nan for name, x in measured.items()}) # as a file has it
         findings = examine(history, signs)
         for finding in findings:
             if finding.name not in known: print(f'step {int(state.step)} · {finding.text}', file=sys.stderr, flush=True)

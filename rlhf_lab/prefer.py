@@ -7,11 +7,10 @@ __all__ = ['REFERENCE_FREE', 'DPOConfig', 'loss_of', 'dpo_facts', 'check_start',
            'train_dpo', 'report_pairs', 'KTOConfig', 'thumbs_maker', 'train_kto', 'class_weights', 'report_thumbs']
 
 # %% ../nbs/38_prefer.ipynb #4373dcf9
-import dataclasses, functools, shutil, jax, jax.numpy as jnp, numpy as np
+import dataclasses, functools, jax, jax.numpy as jnp, numpy as np
 from flax import nnx
-from pathlib import Path
 from typing import Literal, get_args
-from .core import CheckpointError, DataError, LabError, Pairs, UsageError, both
+from .core import DataError, LabError, Pairs, UsageError, both
 from .data import Batches, tokenize_rows
 from .doctor import DPO_SIGNS, watched
 from .dpo import (add_tokens, alpha_divergence, apo_down, apo_zero, balance, bco, cdpo, cpo_loss, discopop, dpo_loss, exo,
@@ -21,7 +20,7 @@ from .judgements import as_pairs, as_thumbs
 from .lora import drop_lora, merge_lora
 from .model import Transformer, score_tokens
 from .reward import bradley_terry
-from .runs import Run, load_tree, save_tree
+from .runs import Run
 from .sft import prepare_rows
 from .train import TrainConfig, adamw, init_state, known_states, load_role, lower_states, make_step, remember, save_role, train
 
@@ -102,41 +101,43 @@ def check_start(measured: dict, precision: str):
 
 # %% ../nbs/38_prefer.ipynb #af7a898c
 class MovingReference:
-    "A reference that goes a share `alpha` of the way to the policy every `every` updates."
+    "Batches whose reference goes a share `alpha` of the way to the policy every `every` updates; it belongs to their `state`."
     def __init__(self,
+        batches: Batches,
         policy: Transformer, # At the start
         alpha: float,
         every: int,
-        folder: Path, # Where it is kept
     ):
-        self.graph, self.state = nnx.split(merge_lora(policy))
-        self.alpha, self.every, self.folder, self.moved = alpha, every, Path(folder), None
+        self.graph, self.reference = nnx.split(merge_lora(policy))
+        self.batches, self.alpha, self.every, self.moved = batches, alpha, every, 0
 
-    def recall(self, step: int):
-        "Be what it was at this update. Raises CheckpointError where that is gone."
-        kept = [int(f.name) for f in self.folder.glob('*') if f.name.isdigit() and int(f.name) <= step]
-        self.moved = max(kept, default=0)
-        if step > self.moved + self.every:
-            raise CheckpointError(f'{self.folder}: the reference of update {step} is missing; start again in another folder')
-        if self.moved: self.state = load_tree(self.folder/str(self.moved), self.state)
+    def __iter__(self): return iter(self.batches)
+    def __len__(self): return len(self.batches)
+
+    def state(self) -> dict:
+        "The place in the data, and what the reference is there."
+        return dict(self.batches.state(), moved=self.moved, reference=self.reference)
+
+    def restore(self, state: dict):
+        "Go on from there."
+        self.batches.restore(state)
+        same = lambda old, new: old if jnp.array_equal(old, new) else new # the layers that never move stay shared
+        self.moved, self.reference = int(state['moved']), jax.tree.map(same, self.reference, state['reference'])
 
     def follow(self, state):
         "Called before every update; moves when it is time."
         step = int(state.step)
-        if self.moved is None: self.recall(step)
         if step < self.moved + self.every: return
         new = nnx.split(merge_lora(state.model))[1]
-        self.state = jax.tree.map(lambda old, x: old if old is x else (old + self.alpha*(x - old)).astype(old.dtype), self.state, new)
+        self.reference = jax.tree.map(lambda old, x: old if old is x else (old + self.alpha*(x - old)).astype(old.dtype), self.reference, new)
         self.moved = step
-        save_tree(self.folder/str(step), self.state)
-        for old in sorted((f for f in self.folder.glob('*') if f.name.isdigit()), key=lambda f: int(f.name))[:-2]: shutil.rmtree(old)
 
     @functools.cached_property
     def ask(self): return jax.jit(lambda state, pairs: reference_logprobs(nnx.merge(self.graph, state), pairs))
 
     def answer(self, pairs: Pairs) -> Pairs:
         "The pairs, with what the reference of this moment thinks of them."
-        return self.ask(self.state, pairs) if self.moved else pairs
+        return self.ask(self.reference, pairs) if self.moved else pairs
 
 # %% ../nbs/38_prefer.ipynb #8b3d48ba
 def learn(
@@ -185,8 +186,8 @@ def train_dpo(
         loss, ready = loss_of(config), lambda state, batch: batch
         if config.ref_alpha or config.chunks > 1:
             every = config.ref_every if config.ref_alpha else -(-min(config.steps or len(batches), len(batches))//config.chunks)
-            reference = MovingReference(policy, config.ref_alpha or 1., every, run.path/'reference')
-            def ready(state, batch): reference.follow(state); return reference.answer(batch)
+            batches = MovingReference(batches, policy, config.ref_alpha or 1., every)
+            def ready(state, batch): batches.follow(state); return batches.answer(batch)
         state = learn(run, config, policy, batches, loss, ready, 'DPO')
         if tests: report_pairs(config, state.model, tests, loss)
         save_role(state.model, tokenizer, run.path)

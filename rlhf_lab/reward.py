@@ -19,7 +19,7 @@ from .core import Array, Batch, CheckpointError, DataError, Float, Pairs, UsageE
 from .data import Batches, load_rows, prompt_text, tokenize_rows
 from .lora import HeadParam, add_head, add_lora, on_trunk, share
 from .model import Transformer
-from .runs import Run
+from .runs import Run, plain
 from .sft import prepare_rows
 from .stats import brier, cross_fit, ece, fit_temperature, interval, log_loss, reliability_plot, sigmoid, symmetrise
 
@@ -263,13 +263,14 @@ def save_judge(judge: Transformer, tokenizer, folder: Path, card: dict):
 
 def read_card(folder) -> dict:
     "What a run says of its judge or judges. Raises CheckpointError where there is none."
-    try: return json.loads((Path(folder)/'reward.json').read_text())
+    try: return json.loads((plain(Path(folder))/'reward.json').read_text())
     except (OSError, ValueError) as error: raise CheckpointError(f'{folder} holds no reward model ({error}): train one with `rlhf-lab reward`') from None
 
 def load_judge(
     folder, # A run of `train_reward`, or of a member
     trunk: Transformer = None, # A model it may share arrays and lower layers with (`on_trunk`)
     precision: str = 'bfloat16',
+    tokenizer = None, # Of whoever will be judged: another vocabulary is refused
 ): # The judge, and its pooling
     "Load a reward model. Raises CheckpointError where the folder holds none."
     from safetensors.flax import load_file
@@ -277,7 +278,9 @@ def load_judge(
     if 'members' in card: raise CheckpointError(f'{folder} holds several judges: give one of {", ".join(card["members"])} in it, or load them all with `judge_reward`')
     try: head = load_file(folder/'reward_head.safetensors')
     except (OSError, ValueError) as error: raise CheckpointError(f'{folder} holds no reward model ({error}): train one with `rlhf-lab reward`') from None
-    model = load_model(folder/'model', precision)[0]
+    model, words = load_model(folder/'model', precision)
+    if tokenizer and tokenizer.get_vocab() != words.get_vocab(): raise CheckpointError(f'{folder}: this judge reads other tokens than the policy writes: '
+        'train it on the same base model')
     judge = add_head(model if trunk is None else on_trunk(model, trunk), key=jax.random.key(0))
     judge.head.weight[...], judge.head.bias[...] = head['weight'], head['bias']
     return judge, POOLS[card['pool']]
@@ -322,9 +325,10 @@ def judge_reward(
     folder, # A run with a judge, or with several
     trunk: Transformer = None, # As for `load_judge`
     precision: str = 'bfloat16',
+    tokenizer = None, # As for `load_judge`
 ): # rollout → scores [B]; with several judges, scores and votes
     "The judge or the judges of a run as the reward."
     card = read_card(folder)
-    if 'members' not in card: return model_reward(*load_judge(folder, trunk, precision))
+    if 'members' not in card: return model_reward(*load_judge(folder, trunk, precision, tokenizer))
     votes = dict(mean=mean_vote, worst=worst_vote, cautious=functools.partial(cautious_vote, caution=card['caution']))
-    return ensemble_reward([judge_reward(Path(folder)/name, trunk, precision) for name in card['members']], votes[card['combine']])
+    return ensemble_reward([judge_reward(Path(folder)/name, trunk, precision, tokenizer) for name in card['members']], votes[card['combine']])

