@@ -46,7 +46,7 @@ class IterateConfig:
     active: float = .5 # Share of the questions that are chosen where reward models disagree most, from round 2; the others by chance
     pool: int = 2 # Questions that are drafted for each one that is asked
     members: int = 3 # Reward models, each trained on all votes so far; none where nothing is chosen by them and nothing learns from them
-    data: str = '' # What people said: a store (a .db file or a URL), a file, or a folder of versions, of which the newest counts; empty: the panel votes
+    data: str = '' # What people said: a store (.db or URL), a file, or a folder of versions (the newest counts); empty: the panel votes
     raters: int = 5 # On the panel
     reliability: float = 1. # Log-odds of their votes for a unit of gold score
     spread: float = .5 # How far their reliabilities are apart, as a share
@@ -301,7 +301,8 @@ def compare_policies(loop: Loop, n: int):
     wins = blind_wins(loop.panel(), new.texts, old.texts, loop.start.gold, [config.seed, n, 1])
     weights = lambda k: digest(loop.model(k)/'model.safetensors')
     entry = dict(round=n, **json.loads((loop.folder(n)/'votes.json').read_text()), data=f'{here}/learned.jsonl', run=run,
-        model=f'{run}/model', weights_sha256=weights(n), parent_sha256=weights(0), against=name_of(rival), against_sha256=weights(rival), **verdict(wins, name_of(rival)), gold=interval(new.gold))
+        model=f'{run}/model', weights_sha256=weights(n), parent_sha256=weights(0), against=name_of(rival), against_sha256=weights(rival),
+        **verdict(wins, name_of(rival)), gold=interval(new.gold))
     write_file(loop.path/'lineage.json', json.dumps([row for row in loop.lineage() if row['round'] < n] + [entry], indent=1) + '\n')
     if is_store(config.data):
         with closing(Feedback(config.data)) as store:
@@ -390,7 +391,8 @@ def panel_seen(loop: Loop) -> str: # Markdown
     each, pooled = see(which), see(0*which)
     cells = [[f'{value:.2f} ± {1.96*error:.2f}' for value, error in zip(*some)] for some in (each[:2], pooled[:2])]
     lines = [[name, f'{n}', *cells[0][i::len(who)]] for i, (name, n) in enumerate(zip(who, counts))] + [['all', f'{len(rows)}', *cells[1]]]
-    return f'\n\n## Raters\n\nAs the votes and the gold scores show them, in log-odds.\n\n{grid(["rater", "votes", "reliability", "side", "length"], lines).strip()}'
+    table = grid(['rater', 'votes', 'reliability', 'side', 'length'], lines).strip()
+    return f'\n\n## Raters\n\nAs the votes and the gold scores show them, in log-odds.\n\n{table}'
 
 def tell(loop: Loop, took: dict) -> list[dict]: # The rows of `table.json`
     "Write the report and say where it is."

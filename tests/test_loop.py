@@ -52,7 +52,8 @@ def learner(loop, n):
     shutil.copytree(loop.start.model, folder)
     weights = load_file(folder/'model.safetensors')
     name = sorted(weights)[0]
-    weights[name] = weights[name] + np.float32(.3)*np.random.default_rng(len(read_rows(loop.folder(n)/'learned.jsonl'))).normal(size=weights[name].shape).astype('float32')
+    random = np.random.default_rng(len(read_rows(loop.folder(n)/'learned.jsonl')))
+    weights[name] = weights[name] + random.normal(size=weights[name].shape).astype('float32')*np.float32(.3)
     save_file(weights, folder/'model.safetensors', {'format': 'pt'})
 
 def judged(loop, n): (loop.folder(n)/'reward').mkdir(exist_ok=True)
@@ -85,7 +86,8 @@ def test_a_vote_leads_to_weights_and_back(start, asked, tmp_path):
     first, second = facts(tmp_path/'loop')
     assert [first['votes'], second['votes']] == [8, 16] and second['new_votes'] == 8
     for entry in (first, second):
-        assert entry['weights_sha256'] == digest(tmp_path/'loop'/entry['model']/'model.safetensors') != entry['parent_sha256'] == digest(Path(start.model)/'model.safetensors')
+        made, began = (digest(Path(folder)/'model.safetensors') for folder in (tmp_path/'loop'/entry['model'], start.model))
+        assert entry['weights_sha256'] == made != entry['parent_sha256'] == began
         assert entry['version'].split('-')[1] == digest(tmp_path/'loop'/entry['data'])[:12]
     votes = read_rows(tmp_path/'loop/rounds/2/learned.jsonl')
     assert len({row['vote'] for row in votes}) == 16 and {'prompt', 'chosen', 'rejected', 'rater', 'probability', 'side'} <= set(votes[0])
@@ -141,16 +143,20 @@ def test_what_was_asked_by_doubt_can_be_weighted_back():
         assert active == 0 or plain.mean() > worth.mean() + .1*active
 
 def test_the_doubtful_are_asked_more_often(start, asked, tmp_path, monkeypatch):
-    "Two reward models that disagree about answers with an e."
+    "Two reward models that disagree more and more."
     def opinions(folder, trunk, precision):
         assert Path(folder).name == 'reward' and Path(folder).parent.name == '1'
-        return lambda rollout: (np.zeros(len(rollout.tokens)), np.outer([1, -1], np.arange(len(rollout.tokens))%2*np.repeat(np.arange(len(rollout.tokens)//2), 2)))
+        def disagree(rollout):
+            rows = np.arange(len(rollout.tokens))
+            return 0.*rows, np.outer([1, -1], rows%2*(rows//2))
+        return disagree
     monkeypatch.setattr(module, 'judge_reward', opinions)
     iterate(replace(asked, active=.5), start, judged, learner)
     first, second = (read_rows(tmp_path/f'loop/rounds/{n}/questions.jsonl') for n in (1, 2))
     assert {row['probability'] for row in first} == {.5} and 'doubt' not in first[0]
     assert {row['probability'] for row in second} == {.25, .75}
-    assert min(row['doubt'] for row in second if row['probability'] == .75) > max(row['doubt'] for row in second if row['probability'] == .25)
+    often, seldom = ([row['doubt'] for row in second if row['probability'] == p] for p in (.75, .25))
+    assert min(often) > max(seldom)
 
 @pytest.mark.parametrize('method', IterateConfig.__annotations__['method'].__args__)
 def test_each_method_is_told_what_it_can_do(start, tmp_path, method):
