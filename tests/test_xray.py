@@ -11,7 +11,7 @@ from rlhf_lab.ppo import ActorCritic, PPOConfig, practise
 from rlhf_lab.tokens import encode_prompt
 from rlhf_lab.train import adamw, init_state, make_step
 from rlhf_lab.weights import load_model
-from rlhf_lab.world import World
+from rlhf_lab.world import Table, World
 from rlhf_lab.xray import Sandbox, lesson, replay
 
 config = ModelConfig(50, 16, 2, 2, 1, 8, 32, max_length=128)
@@ -24,7 +24,7 @@ def row(*said):
 
 def test_the_mean_log_ratio_of_samples_is_the_kl_of_all_that_can_be_said():
     world = World()
-    tilted = World(seed=3).reference
+    tilted = Table(world.words, world.length, std=1., key=jax.random.key(3))
     p = world.logprobs(tilted)
     exact = float((jnp.exp(p)*(p - world.ref)).sum())
     drawn = world.write(tilted, [[0]]*4000, key=jax.random.key(0))
@@ -38,11 +38,12 @@ def test_a_rollout_is_replayed_from_seed_and_step(group):
     how = PPOConfig(batch_size=4, minibatches=1, max_new_tokens=4, precision='float32', seed=5)
     prompts, optimizer = [[i, i + 1] for i in range(8)], adamw(1e-1)
     state = init_state(ActorCritic(add_head(room, std=0., key=jax.random.key(0))), optimizer, jax.random.key(5))
-    graph, written, policies = nnx.split(state.model.policy)[0], [], [nnx.split(state.model.policy)[1]]
+    kept = lambda state: jax.tree.map(jnp.array, nnx.split(state.model.policy)[1]) # a copy: an update takes the arrays that it is given
+    graph, written, policies = nnx.split(state.model.policy)[0], [], [kept(state)]
     reward = lambda rollout: np.where(rollout.mask, rollout.tokens, 0).sum(1)/50.
     for (state, _, rollout), _ in zip(practise(state, drop_lora(room), prompts, reward, optimizer, how, group=group), range(3)):
         written.append(rollout)
-        policies.append(jax.tree.map(jnp.array, nnx.split(state.model.policy)[1]))
+        policies.append(kept(state))
     for step in range(3):
         again = replay(nnx.merge(graph, policies[step]), prompts, how, step, group=group)
         assert (again.tokens == written[step].tokens).all() and (again.mask == written[step].mask).all()
