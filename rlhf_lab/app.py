@@ -53,7 +53,7 @@ CSS = '''
     display: flex; flex-direction: column; flex: 1; }
 '''
 
-# %% ../nbs/59_app.ipynb #70745e51
+# %% ../nbs/59_app.ipynb #48da3106
 CSS += '''
 .card { color: var(--ink); font-size: .97rem; }
 .card h2 { font-size: 1.05rem !important; font-weight: 650 !important; margin: 0 !important; }
@@ -83,10 +83,10 @@ CSS += '''
 #why { border: 1px solid var(--line); border-radius: 12px; background: var(--paper); padding: 1rem; gap: .6rem; }
 #ballot { gap: .5rem; flex-wrap: wrap; align-items: center; } #ballot button { flex: 1 1 7rem; min-width: 0; min-height: 48px; }
 #ballot .block { flex: 1 1 9rem; min-width: 0 !important; }
-.grid { overflow-x: auto; } .grid table { border-collapse: collapse; width: 100%; font-size: .86rem; color: var(--ink); margin: .4rem 0 !important; }
+.grid { overflow-x: auto; } .grid table { border-collapse: collapse; border: 0 !important; width: 100%; font-size: .86rem; color: var(--ink); margin: .4rem 0 !important; }
 .grid th { text-align: left; color: var(--soft); font-weight: 600; white-space: nowrap; }
 .grid th, .grid td { padding: .35rem .6rem !important; border: 0 !important; border-bottom: 1px solid var(--line) !important; vertical-align: top; }
-.grid td { overflow-wrap: anywhere; min-width: 3.2rem; } .grid tr { background: transparent !important; }
+.grid td { overflow-wrap: break-word; min-width: 4.2rem; } .grid td:first-child { min-width: 6rem; } #undo-duel { flex: 0 0 auto; width: fit-content; } .grid tr { background: transparent !important; }
 .quote { white-space: pre-wrap; overflow-wrap: anywhere; color: var(--ink); border-left: 3px solid var(--line); padding-left: .7rem;
     margin: .4rem 0 !important; font-size: .92rem; }
 .hint { color: var(--soft); font-size: .9rem; } .inside figcaption { color: var(--soft); font-size: .85rem; }

@@ -47,7 +47,7 @@ def draw_battle(
     pair = pairs[rng.choice(len(pairs), p=list(chances.values()))]
     return *rng.permutation(pair).tolist(), chances[pair]
 
-# %% ../nbs/55_arena.ipynb #550aecd2
+# %% ../nbs/55_arena.ipynb #8ad7b406
 CHOICES = {'a': 'A is better', 'b': 'B is better', 'both_good': 'Both good', 'both_bad': 'Both bad'}
 WHY_SKIP = 'cannot tell', 'do not understand it', 'unsafe', 'other'
 
@@ -77,7 +77,7 @@ class Arena(Asking):
         def handler(shown: dict|None, why: str, who: str):
             try: said, event = self.decide(shown, value, why, who)
             except LabError as error: return [message(f'Not saved: {error}'), *[gr.skip()]*5]
-            status = message(f'Saved ✓ #{event[-6:]}: {CHOICES.get(value, "skipped").lower()}')
+            status = message(f'Saved ✓ #{event[-6:]}: {CHOICES.get(value, "skipped")}')
             return [status, said, dict(event=event), gr.update(visible=False), gr.update(visible=True), standings(self.store)]
         return handler
 
@@ -160,7 +160,7 @@ def missing(places: list, counted: list) -> list: # Sentences
         elif more: said.append(f'{more} more votes to separate {pair}.')
     return said
 
-# %% ../nbs/55_arena.ipynb #90ee3a00
+# %% ../nbs/55_arena.ipynb #a5ed105e
 def arena_tab(arena: Arena, who, prompts: list) -> gr.Markdown: # The board, to be restored
     "The components of the arena, and what happens when they are touched."
     prompt = gr.Textbox(label='Prompt', elem_id='duel-prompt', lines=2, max_lines=8, max_length=8000, placeholder=EXAMPLES[0])
@@ -169,7 +169,9 @@ def arena_tab(arena: Arena, who, prompts: list) -> gr.Markdown: # The board, to 
         chance = gr.Button('Random prompt', elem_id='random')
         status = markdown(message('Two models answer; you do not see which.'), elem_id='duel-status', elem_classes=['status'])
     with gr.Row(elem_id='duel'):
-        cards = [markdown(blind_card(letter, Answer()), elem_id=f'duel-{letter.lower()}', elem_classes=['answer', 'stage']) for letter in 'AB']
+        cards = []
+        for letter in 'AB':
+            with gr.Column(elem_classes=['stage']): cards.append(markdown(blind_card(letter, Answer()), elem_id=f'duel-{letter.lower()}', elem_classes=['answer']))
     with gr.Row(visible=False, elem_id='ballot') as ballot:
         buttons = {value: gr.Button(said, elem_id=f'vote-{value}') for value, said in CHOICES.items()}
         buttons['skip'] = gr.Button('Skip', elem_id='vote-skip')

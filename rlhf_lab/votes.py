@@ -62,7 +62,7 @@ def forget_me(store: Feedback, who: str, sure: bool) -> tuple: # The secret, not
     said += f'Data sets that were released before: {", ".join(done["versions"]) or "none"}.'
     return '', gr.update(visible=True), message(said), False
 
-# %% ../nbs/56_votes.ipynb #5441baee
+# %% ../nbs/56_votes.ipynb #45105a85
 KINDS = 'thumb', 'pair', 'rank', 'rating', 'edit', 'flag', 'skip', 'withdraw', 'moderate', 'consent'
 
 def find(
@@ -92,8 +92,8 @@ def short(text: str, most: int = 60) -> str:
 
 def meaning(row: dict) -> str: # Of an event
     "What an event says, in a word or two."
-    value = row['payload'].get('value') or ' '.join(f'{name} {short(value, 30)}' for name, value in row['payload'].items())
-    return {'up': '👍', 'down': '👎', 'a': 'A', 'b': 'B', 'both_good': 'both good', 'both_bad': 'both bad'}.get(value, value)
+    value = row['payload'].get('value') or ' '.join(short(', '.join(value) if isinstance(value, list) else f'{name} {value}', 40) for name, value in row['payload'].items())
+    return {'up': 'liked', 'down': 'disliked', 'a': 'A', 'b': 'B', 'both_good': 'both good', 'both_bad': 'both bad'}.get(value, value)
 
 def table(rows: list[dict]) -> str:
     "Events as a table, as a single line of HTML."

@@ -78,7 +78,11 @@ def call(client, target, *data, queued=False):
     body = {'data': list(data), 'fn_index': index, 'session_hash': 'abc'}
     if not queued: return client.post('/gradio_api/run/predict', json=body)
     client.post('/gradio_api/queue/join', json=body).raise_for_status()
-    with client.stream('GET', '/gradio_api/queue/data', params=dict(session_hash='abc')) as said: return said.read().decode()
+    with client.stream('GET', '/gradio_api/queue/data', params=dict(session_hash='abc')) as said:
+        heard = []
+        for line in said.iter_lines():
+            heard.append(line)
+            if 'process_completed' in line: return '\n'.join(heard)
 
 # What is served
 
@@ -138,11 +142,11 @@ def test_ids_from_a_browser_are_not_believed(client, who):
 
 def test_everybodys_votes_and_exports_take_the_token_when_others_can_reach_the_lab(client, store, who, monkeypatch):
     monkeypatch.setenv('RLHF_LAB_HOST', '0.0.0.0')
-    tries = [('everybody', True, [], [], '', 'guess', who), ('moderate', 'x', 'hide', 'guess')]
+    tries = [('everybody', True, [], [], '', 'guess', who), ('moderate', None, 'hide', 'guess')]
     for known in ('', 'right'*6):
         monkeypatch.setenv('RLHF_LAB_ADMIN', known)
         for one in tries: assert inert('admin token') in call(client, *one).text, one
-        assert 'admin' in call(client, 'freeze', ['unpaired'], '', 'all', 'train', 'guess', queued=True)
+        assert inert('admin token') in call(client, 'freeze', ['unpaired'], '', 'all', 'train', 'guess').text
     assert inert('admin token') not in call(client, 'everybody', True, [], [], '', 'right'*6, who).text
     assert store.read('SELECT * FROM dataset_version') == []
 
@@ -216,16 +220,17 @@ def test_an_answer_that_ends_at_once_can_be_voted_on(store):
 
 NAMES = r'(?i)\b(base|sft|ppo|dpo)\b'
 
-def test_before_the_vote_nothing_says_who_wrote_what(address, store, who):
+def test_before_the_vote_nothing_says_who_wrote_what(address, store, who, monkeypatch):
+    monkeypatch.setitem(Toy.says, 'base', 'It is a film.') # and not a tag of that name
     with httpx.Client(base_url=address, timeout=20) as client:
         raw = call(client, 'fight', 'Who are you?', .7, 64, 0, who, queued=True)
         fought = store.read('SELECT * FROM battle ORDER BY created DESC LIMIT 1')[0]
         assert not re.search(NAMES, raw) and 'process_completed' in raw
         assert not any(secret in raw for secret in (fought['id'], fought['left_gen'][-6:], fought['right_gen'][-6:]))
-        assert 'Not saved' in call(client, 'vote-a', None, '', store.session()).text # somebody else's battle
-        told = call(client, 'vote-a', None, '', who).text
+        assert 'Not saved' in call(client, 'vote-a', None, 'cannot tell', store.session()).text # somebody else's battle
+        told = call(client, 'vote-a', None, 'cannot tell', who).text
         assert len(re.findall(NAMES, told)) >= 2 and 'Saved' in told
-        assert 'Not saved' in call(client, 'vote-b', None, '', who).text # one battle, one vote
+        assert 'Not saved' in call(client, 'vote-b', None, 'cannot tell', who).text # one battle, one vote
     vote = store.last(' '.join(['choice', *sorted((fought['left_gen'], fought['right_gen']))]))
     ui = json.loads(vote['ui'])
     assert (vote['kind'], json.loads(vote['payload'])) == ('pair', {'value': 'a'}) and json.loads(vote['target_ids']) == [fought['left_gen'], fought['right_gen']]
@@ -359,7 +364,7 @@ def test_leaving_the_page_stops_the_writing(browser, address):
     assert Toy.writing == 0
 
 @pytest.mark.e2e
-def test_a_vote_goes_through_all_tabs(visit, store):
+def test_a_vote_goes_through_all_tabs(visit, store, monkeypatch):
     page, bad = visit, 'script, iframe, form, video, audio, svg, base, meta, b, details'
     tab = lambda name: page.get_by_role('tab', name=name).click()
     ask(page, HOSTILE)
@@ -377,6 +382,7 @@ def test_a_vote_goes_through_all_tabs(visit, store):
     assert '<b>joy</b>' in page.inner_text('#x-maps figure >> nth=0').replace('\n', '').replace(' ', '') or re.search('[+−][0-9]+[.][0-9]{2}', page.inner_text('#x-maps figure >> nth=0'))
 
     tab('Arena')
+    monkeypatch.setitem(Toy.says, 'base', 'It is a film.') # and not a tag of that name
     page.fill('#duel-prompt textarea', 'Who is it? 1 2 s'); page.click('#fight'); page.wait_for_selector('#vote-a')
     assert not re.search(NAMES, page.inner_text('#duel') + page.inner_html('#duel') + page.inner_text('#ballot'))
     votes = lambda: store.read("SELECT count(*) AS n FROM event WHERE kind = 'pair'")[0]['n']
