@@ -20,7 +20,7 @@ from .inside import Inside, inside_tab
 from .runs import setting
 from .votes import NOTICE, SCOPE, Archive, about_tab, agree, local, standing, votes_tab
 
-# %% ../nbs/59_app.ipynb #886dccfe
+# %% ../nbs/59_app.ipynb #0d23e354
 CSS = '''
 :root { --line: #dfdbd3; --paper: #ffffff; --ink: #23262b; --soft: #62656b; }
 .dark { --line: #363a41; --paper: #1d2025; --ink: #e8e6e1; --soft: #a5a9b0; }
@@ -44,6 +44,7 @@ CSS = '''
 #columns .stage, #duel .stage { background: var(--paper); border: 1px solid var(--line) !important;
     border-top: 3px solid var(--accent) !important; border-radius: 12px;
     padding: 1rem 1.1rem; min-width: 0 !important; gap: .7rem; }
+#duel .card h2 { margin-bottom: .5rem !important; }
 #duel { display: grid; grid-template-columns: repeat(2, minmax(0, 1fr)); gap: 1rem; --accent: #70757e; }
 #stage-base { --accent: #70757e; } #stage-sft { --accent: #3a70ae; }
 #stage-ppo { --accent: #9a600f; } #stage-dpo { --accent: #317a57; }
@@ -53,7 +54,7 @@ CSS = '''
     display: flex; flex-direction: column; flex: 1; }
 '''
 
-# %% ../nbs/59_app.ipynb #48da3106
+# %% ../nbs/59_app.ipynb #f81fe70b
 CSS += '''
 .card { color: var(--ink); font-size: .97rem; }
 .card h2 { font-size: 1.05rem !important; font-weight: 650 !important; margin: 0 !important; }
@@ -86,10 +87,10 @@ CSS += '''
 .grid { overflow-x: auto; } .grid table { border-collapse: collapse; border: 0 !important; width: 100%; font-size: .86rem; color: var(--ink); margin: .4rem 0 !important; }
 .grid th { text-align: left; color: var(--soft); font-weight: 600; white-space: nowrap; }
 .grid th, .grid td { padding: .35rem .6rem !important; border: 0 !important; border-bottom: 1px solid var(--line) !important; vertical-align: top; }
-.grid td { overflow-wrap: break-word; min-width: 4.2rem; } .grid td:first-child { min-width: 6rem; } #undo-duel { flex: 0 0 auto; width: fit-content; } .grid tr { background: transparent !important; }
+.grid td { overflow-wrap: break-word; min-width: 4.2rem; } .grid td:first-child { min-width: 6rem; } #undo-duel { flex: 0 0 auto; width: fit-content; } .grid tr, .grid thead { background: transparent !important; border: 0 !important; }
 .quote { white-space: pre-wrap; overflow-wrap: anywhere; color: var(--ink); border-left: 3px solid var(--line); padding-left: .7rem;
     margin: .4rem 0 !important; font-size: .92rem; }
-.hint { color: var(--soft); font-size: .9rem; } .inside figcaption { color: var(--soft); font-size: .85rem; }
+.hint { color: var(--soft); font-size: .9rem; } .inside figure span, .inside figure small { color: #111 !important; } .inside figcaption { color: var(--soft); font-size: .85rem; }
 .inside h3, .frontier h3, .lineage h3, .board h3, .receipt h3 { font-size: 1rem !important; margin: .9rem 0 .3rem !important; color: var(--ink); }
 .curves { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 17rem), 1fr)); gap: .8rem; }
 .plot { width: 100%; max-width: 640px; height: auto; margin: 0 !important; background: var(--paper); border: 1px solid var(--line); border-radius: 10px; padding: .4rem; }

@@ -70,7 +70,7 @@ def frontier(rows: list[dict]) -> str: # Of `table.json`
     body += f'<text x="48" y="12" fill="{INK}">gold score</text>'
     return picture(body, 520, 266, 'gold score and KL: ' + '; '.join(f'{row["model"]} {figure(row["gold_mean"])} at {figure(row["kl"])} nats' for row in rows))
 
-# %% ../nbs/58_curves.ipynb #75fe3fec
+# %% ../nbs/58_curves.ipynb #1ba9cb01
 def places(folder) -> list[Path]:
     "Where runs may be: the served folder, and its neighbours in `runs`."
     folder = Path(folder)
@@ -100,7 +100,7 @@ def run_shown(folder: Path) -> str:
     if not names: return '<p class="hint">There are no numbers in this run yet.</p>'
     try:
         from rlhf_lab.doctor import report
-        found = report(Run(folder))
+        found = report(Run(folder)).replace(str(folder), folder.name) # where runs lie is nobody's business
     except (LabError, KeyError, ValueError): found = 'The doctor cannot read this run.'
     curves = ''.join(curve(name, columns[name]) for name in names)
     return f'<div class="curves">{curves}</div><p class="quote">{inert(found)}</p>'

@@ -132,7 +132,7 @@ class Inside:
         for copy in copies: copy.undo()
         return message('The last lesson is taken back.' if copies else 'There is nothing to take back.'), ''
 
-# %% ../nbs/57_inside.ipynb #13dcfddc
+# %% ../nbs/57_inside.ipynb #2c6789e8
 def inside_tab(inside: Inside, ids, who) -> tuple: # Prompt, answer, model: for the button in the chat
     "The components of the X-ray, and what happens when they are touched."
     there = [(STAGES[stage][0], stage) for stage in STAGES]
@@ -147,7 +147,7 @@ def inside_tab(inside: Inside, ids, who) -> tuple: # Prompt, answer, model: for 
     with gr.Accordion('Watch a copy learn from a vote on this answer', open=True):
         better = gr.Textbox(label='A better answer (optional)', elem_id='x-better', lines=1, max_lines=4, max_length=4096)
         with gr.Row(elem_classes=['buttons']):
-            down, up = gr.Button('👎 Less of this', elem_id='x-down'), gr.Button('👍 More of this', elem_id='x-up')
+            down, up = gr.Button('Less of this', elem_id='x-down'), gr.Button('More of this', elem_id='x-up')
             undo = gr.Button('Undo the last lesson', elem_id='x-undo')
         learned, lesson = markdown('', elem_id='x-learned', elem_classes=['status']), markdown('', elem_id='x-lesson')
     take.click(inside.take, [stage, ids, who], [prompt, answer, status], **QUIET)

@@ -103,7 +103,7 @@ def table(rows: list[dict]) -> str:
     if not lines: return '<p class="hint">Nothing matches.</p>'
     return grid(['when, UTC', 'kind', 'said', 'model', 'reasons', 'prompt', 'answer', '#'], lines)
 
-# %% ../nbs/56_votes.ipynb #7293a0e3
+# %% ../nbs/56_votes.ipynb #de845c02
 def provenance(store: Feedback, name: str, annotator: str) -> str:
     "Everything about an event, as a single line of HTML. `annotator` empty: anybody's may be seen. Raises LabError."
     found = store.read(event.select().with_only_columns(event, session.c.annotator_id).select_from(SAID).where(event.c.id == str(name)))
@@ -111,7 +111,7 @@ def provenance(store: Feedback, name: str, annotator: str) -> str:
     row, fate, said = told(store, found)[0], store.receipt(name), []
     for letter, target in zip('ABCDEFGHI', row['target_ids']):
         one = store.generation(target)
-        facts = f'{letter}: {one["model"]}, weights {(one["weights_sha256"] or "unknown")[:12]}, {one["run"] or "no run"}, {one["sampling"]}, {one["finish_reason"]}'
+        facts = f'{letter}: {one["model"]}, weights {(one["weights_sha256"] or "unknown")[:12]}, {one["run"].rsplit("/", 1)[-1] or "no run"}, {one["sampling"]}, {one["finish_reason"]}'
         said.append(f'<p class="hint">{inert(facts)}</p><p class="quote">{inert(one["completion"])}</p>')
     learned = [f'{row["name"]} ({row["weights_sha256"][:12]})' for row in fate['checkpoints']]
     became = 'Counts now. ' if fate['live'] else 'Does not count any more. '
