@@ -180,7 +180,7 @@ def launch(config: AppConfig):
     "Serve the app until it is stopped."
     given = {name: value for name, value in dataclasses.asdict(config).items() if value}
     os.environ.update({f'RLHF_LAB_{name.upper()}': str(value) for name, value in given.items()})
-    from rlhf_lab.app import build, serve
+    build, serve = map(find, ('rlhf_lab.app:build', 'rlhf_lab.app:serve'))
     serve(build()[0])
 
 # %% ../nbs/53_cli.ipynb #3784a8a0

@@ -1,10 +1,11 @@
 "The app from outside: what it serves, what it refuses, and a person's visit in a real browser."
-import asyncio, json, queue, shutil, socket, threading, time
+import asyncio, json, queue, re, shutil, socket, threading, time
 from pathlib import Path
-import pytest, sqlalchemy, uvicorn
+import httpx, pytest, sqlalchemy, uvicorn
 from fastapi.testclient import TestClient
 from starlette.routing import Route
-from rlhf_lab import app as lab
+from rlhf_lab import answers as talk, app as lab, chat
+from rlhf_lab.answers import COMMAND, STAGES, inert, within
 from rlhf_lab.core import LabError
 from rlhf_lab.feedback import Feedback
 
@@ -29,11 +30,18 @@ graph TD; A-->B
 end of the answer'''
 
 class Toy:
-    "Four models that need no weights."
+    "Four models whose words need no weights; those that the X-ray reads are tiny."
     gone, writing = (), 0
     says = {'base': HOSTILE, 'sft': 'It is a good film, I think.', 'ppo': 'Wonderful. Wonderful. Wonderful.',
         'dpo': 'Quiet, and very funny.'}
-    def missing(self, stage): return lab.COMMAND if stage in self.gone else ''
+    def __init__(self, folder = None): self.folder = folder # Of a tiny model
+    def missing(self, stage): return COMMAND if stage in self.gone else ''
+    def load(self, stage):
+        import jax
+        from rlhf_lab.model import Transformer
+        from rlhf_lab.weights import load_model
+        model, tokenizer = load_model(self.folder)
+        return Transformer(model.config, key=jax.random.key(list(STAGES).index(stage))), tokenizer, stage
     def answer(self, stage, prompt, *, seed, temperature, max_new_tokens):
         if prompt == 'break': raise LabError(f'no <b>room</b> for {stage}')
         if prompt == 'crash': raise KeyError('secret')
@@ -53,25 +61,34 @@ def place(tmp_path_factory): return tmp_path_factory.mktemp('app')
 def store(place): return Feedback(place/'votes.db')
 
 @pytest.fixture(scope='module')
-def app(store): return lab.build(Toy(), store)[0]
+def app(store, toy): return lab.build(Toy(toy), store)[0]
+
+@pytest.fixture(scope='module')
+def who(store): return store.session(consent='test')
 
 @pytest.fixture
 def client(app): return TestClient(app, raise_server_exceptions=False)
 
-def call(client, target, *data):
+def call(client, target, *data, queued=False):
     "Run the event of a button, or of loading the page, as any program on the network could."
     config = client.get('/config').json()
     named = {part['id']: part['props'].get('elem_id') for part in config['components']}
-    index = next(event['id'] for event in config['dependencies']
+    index = next(event['id'] for event in config['dependencies'] if len(event['inputs']) == len(data)
         for part, kind in event['targets'] if target in (named.get(part), kind))
     body = {'data': list(data), 'fn_index': index, 'session_hash': 'abc'}
-    return client.post('/gradio_api/run/predict', json=body)
+    if not queued: return client.post('/gradio_api/run/predict', json=body)
+    client.post('/gradio_api/queue/join', json=body).raise_for_status()
+    with client.stream('GET', '/gradio_api/queue/data', params=dict(session_hash='abc')) as said:
+        heard = []
+        for line in said.iter_lines():
+            heard.append(line)
+            if 'process_completed' in line: return '\n'.join(heard)
 
 # What is served
 
 def test_the_page_is_served_and_knows_all_four(client):
     page = client.get('/')
-    assert page.status_code == 200 and all(f'answer-{stage}' in page.text for stage in lab.STAGES)
+    assert page.status_code == 200 and all(f'answer-{stage}' in page.text for stage in STAGES)
 
 @pytest.mark.parametrize('request_line', ['GET /', 'GET /config', 'GET /theme.css', 'GET /nothing', 'GET /docs',
     'GET /gradio_api/info', 'GET /gradio_api/file=/etc/passwd', 'POST /gradio_api/run/predict',
@@ -99,66 +116,91 @@ def test_nothing_is_offered_to_programs(client):
 @pytest.mark.parametrize('ids',
     [{}, None, 'x', [1], {'base': 1}, {'sft': '01M000000000000000000000A'},
         {'sft': {'$ne': 1}}, {'sft': "' OR 1=1 --"}])
-def test_a_vote_on_an_unknown_answer_is_refused_and_writes_nothing(client, store, ids):
+def test_a_vote_on_an_unknown_answer_is_refused_and_writes_nothing(client, store, who, ids):
     before = store.read('SELECT count(*) AS n FROM event')
-    reply = call(client, 'up-sft', 'Like', ids)
+    reply = call(client, 'up-sft', 'Like', ids, who)
     assert reply.status_code == 200 and 'Not saved' in reply.text
     assert store.read('SELECT count(*) AS n FROM event') == before
 
-def test_a_vote_sets_what_the_person_saw(client, store):
+@pytest.mark.parametrize('nobody', ['', None, 'f'*32, 7, ['x']])
+def test_who_has_not_agreed_cannot_vote(client, store, nobody):
+    ids = {'sft': store.record('Hi', 'Hello!', model='sft')}
+    before = store.read('SELECT count(*) AS n FROM event')
+    assert 'Not saved' in call(client, 'up-sft', 'Like', ids, nobody).text
+    assert store.read('SELECT count(*) AS n FROM event') == before
+
+def test_a_vote_sets_what_the_person_saw(client, store, who):
     ids = {'sft': store.record('Hi', 'Hello!', model='sft')}
     for label, now in (('Like', 'up'), ('Like', 'up'), ('Liked ✓', 'none'), ('Liked ✓', 'none')):
-        assert call(client, 'up-sft', label, ids).status_code == 200 and store.value(ids['sft']) == now
+        assert call(client, 'up-sft', label, ids, who).status_code == 200 and store.value(ids['sft'], who) == now
     assert store.read('SELECT count(*) AS n FROM event WHERE subject = :subject', subject=f'thumb {ids["sft"]}') == [{'n': 2}]
 
-def test_ids_from_a_browser_are_not_believed(client):
-    reply = call(client, 'load', {'sft': '../../etc/passwd', 'evil': 'x'}).json()
+def test_ids_from_a_browser_are_not_believed(client, who):
+    reply = call(client, 'load', {'sft': '../../etc/passwd', 'evil': 'x'}, who).json()
     assert 'The answer will appear here' in str(reply['data'])
+    assert 'root' not in call(client, 'refresh', '../../../etc').text
+
+def test_everybodys_votes_and_exports_take_the_token_when_others_can_reach_the_lab(client, store, who, monkeypatch):
+    monkeypatch.setenv('RLHF_LAB_HOST', '0.0.0.0')
+    tries = [('everybody', True, [], [], '', 'guess', who), ('moderate', None, 'hide', 'guess')]
+    for known in ('', 'right'*6):
+        monkeypatch.setenv('RLHF_LAB_ADMIN', known)
+        for one in tries: assert inert('admin token') in call(client, *one).text, one
+        assert inert('admin token') in call(client, 'freeze', ['unpaired'], '', 'all', 'train', 'guess').text
+    assert inert('admin token') not in call(client, 'everybody', True, [], [], '', 'right'*6, who).text
+    assert store.read('SELECT * FROM dataset_version') == []
 
 # Answers
 
-def converse(store, prompt, models=None, halt=None):
-    how = dict(seed=0, temperature=1., max_new_tokens=999)
+def converse(store, prompt, models=None, halt=None, who=None):
+    how, who = dict(seed=0, temperature=1., max_new_tokens=999), store.session() if who is None else who
     async def run():
         answers = {}
-        talk = lab.converse(models or Toy(), lab.Engine(), store, prompt, how, halt or threading.Event(), .01)
-        async for changed in talk: answers.update(changed)
+        said = talk.converse(models or Toy(), talk.Engine(), store, prompt, how, halt or threading.Event(), who, pause=.01)
+        async for changed in said: answers.update(changed)
         return answers
     return asyncio.run(run())
 
 def test_all_columns_move_together(store):
     order = queue.SimpleQueue()
-    engine = lab.Engine()
-    for stage in lab.STAGES:
+    engine = talk.Engine()
+    for stage in STAGES:
         engine.submit((time.sleep(.005) for _ in range(5)), lambda piece, stage=stage: order.put(stage))
     stages = [order.get(timeout=5) for _ in range(20)]
-    assert all(abs(stages[:8].count(stage) - 2) <= 1 for stage in lab.STAGES)
+    assert all(abs(stages[:8].count(stage) - 2) <= 1 for stage in STAGES)
 
 def test_a_missing_model_says_what_to_run_and_the_others_answer(store):
     toy = Toy(); toy.gone = ('ppo',)
     answers = converse(store, 'Hi', toy)
-    assert (answers['ppo'].state, answers['ppo'].note) == ('missing', lab.COMMAND)
+    assert (answers['ppo'].state, answers['ppo'].note) == ('missing', COMMAND)
     assert [answers[stage].state for stage in ('base', 'sft', 'dpo')] == ['done']*3
-    assert lab.inert(lab.COMMAND) in lab.card('ppo', answers['ppo'])
+    assert inert(COMMAND) in chat.card('ppo', answers['ppo'])
 
 def test_no_model_at_all_is_a_sentence(tmp_path, store):
-    answers = converse(store, 'Hi', lab.Models(tmp_path, str(tmp_path/'nowhere')))
+    answers = converse(store, 'Hi', talk.Models(tmp_path, str(tmp_path/'nowhere')))
     assert [a.state for a in answers.values()] == ['failed', 'missing', 'missing', 'missing']
     assert 'nowhere' in answers['base'].note and '\n' not in answers['base'].note
 
 def test_errors_are_sentences_and_secrets_stay(store, capsys):
     answers = converse(store, 'break')
-    assert '&#60;b&#62;room' in lab.card('sft', answers['sft'])
+    assert '&#60;b&#62;room' in chat.card('sft', answers['sft'])
     answers = converse(store, 'crash')
     assert 'secret' not in answers['sft'].note and 'KeyError' in answers['sft'].note
     assert 'secret' in capsys.readouterr().err
 
 def test_a_store_that_cannot_write_costs_the_vote_only(tmp_path):
     store = Feedback(tmp_path/'votes.db')
+    who = store.session()
     sqlalchemy.event.listen(store.engine, 'begin', lambda connection: connection.exec_driver_sql('PRAGMA query_only = 1'))
-    answers = converse(store, 'Hi')
+    answers = converse(store, 'Hi', who=who)
     assert answers['sft'].text == Toy.says['sft'] and 'Not saved' in answers['sft'].note and not answers['sft'].id
-    assert 'Not saved' in lab.card('sft', answers['sft']) and not lab.thumb(answers['sft'], 'up')['visible']
+    assert 'Not saved' in chat.card('sft', answers['sft']) and not chat.thumb(answers['sft'], 'up')['visible']
+
+def test_nothing_is_kept_of_whoever_has_not_agreed(store):
+    before = store.read('SELECT count(*) AS n FROM generation')
+    answers = converse(store, 'A secret', who='')
+    assert answers['sft'].text == Toy.says['sft'] and not answers['sft'].id
+    assert store.read('SELECT count(*) AS n FROM generation') == before
 
 def test_stop_keeps_what_was_written(store):
     halt = threading.Event()
@@ -168,17 +210,37 @@ def test_stop_keeps_what_was_written(store):
     assert kept['finish_reason'] == 'stopped' and kept['completion'].startswith('word')
 
 def test_an_answer_that_ends_at_once_can_be_voted_on(store):
-    toy = Toy(); toy.says = dict.fromkeys(lab.STAGES, '')
+    toy = Toy(); toy.says = dict.fromkeys(STAGES, '')
     class Silent(Toy):
         def answer(self, stage, prompt, **_): yield dict(prompt=prompt, model=stage)
     answers = converse(store, 'Hi', Silent())
-    assert '(the model ended immediately)' in lab.card('sft', answers['sft']) and store.vote(answers['sft'].id, 'down')
+    assert '(the model ended immediately)' in chat.card('sft', answers['sft']) and store.vote(answers['sft'].id, 'down')
+
+# The arena
+
+NAMES = r'(?i)\b(base|sft|ppo|dpo)\b'
+
+def test_before_the_vote_nothing_says_who_wrote_what(address, store, who, monkeypatch):
+    monkeypatch.setitem(Toy.says, 'base', 'It is a film.') # and not a tag of that name
+    with httpx.Client(base_url=address, timeout=20) as client:
+        raw = call(client, 'fight', 'Who are you?', .7, 64, 0, who, queued=True)
+        fought = store.read('SELECT * FROM battle ORDER BY created DESC LIMIT 1')[0]
+        assert not re.search(NAMES, raw) and 'process_completed' in raw
+        assert not any(secret in raw for secret in (fought['id'], fought['left_gen'][-6:], fought['right_gen'][-6:]))
+        assert 'Not saved' in call(client, 'vote-a', None, 'cannot tell', store.session()).text # somebody else's battle
+        told = call(client, 'vote-a', None, 'cannot tell', who).text
+        assert len(re.findall(NAMES, told)) >= 2 and 'Saved' in told
+        assert 'Not saved' in call(client, 'vote-b', None, 'cannot tell', who).text # one battle, one vote
+    vote = store.last(' '.join(['choice', *sorted((fought['left_gen'], fought['right_gen']))]))
+    ui = json.loads(vote['ui'])
+    assert (vote['kind'], json.loads(vote['payload'])) == ('pair', {'value': 'a'}) and json.loads(vote['target_ids']) == [fought['left_gen'], fought['right_gen']]
+    assert ui['blind'] and ui['left_p'] == .5 and 0 < ui['pair_p'] <= 1 and ui['latency_ms'] >= 0
 
 def test_numbers_from_a_browser_are_brought_into_range():
-    assert [lab.within(n, 1, 512) for n in (10**9, -3, None, 64.)] == [512, 1, 1, 64]
+    assert [within(n, 1, 512) for n in (10**9, -3, None, 64.)] == [512, 1, 1, 64]
 
 def test_too_many_streams_are_refused_in_words():
-    engine, block = lab.Engine(limit=1), threading.Event()
+    engine, block = talk.Engine(limit=1), threading.Event()
     engine.submit(iter(block.wait, None), print)
     with pytest.raises(LabError, match='ask again'): engine.submit(iter([]), print)
 
@@ -192,6 +254,10 @@ def test_sharing_is_refused_and_a_taken_port_named(monkeypatch, capsys):
         monkeypatch.setenv('RLHF_LAB_PORT', str(port := taken.getsockname()[1]))
         with pytest.raises(LabError, match=f'{port}.*another port'): lab.address()
     monkeypatch.setenv('RLHF_LAB_HOST', '0.0.0.0')
+    with pytest.raises(LabError, match='RLHF_LAB_ADMIN'): lab.address()
+    monkeypatch.setenv('RLHF_LAB_ADMIN', 'short')
+    with pytest.raises(LabError, match='RLHF_LAB_ADMIN'): lab.address()
+    monkeypatch.setenv('RLHF_LAB_ADMIN', 'x'*22)
     lab.address()
     assert 'everyone who can reach' in capsys.readouterr().err
 
@@ -228,6 +294,7 @@ def visit(browser, address):
     page.on('console', lambda said: page.errors.append(said.text) if said.type == 'error' else None)
     page.set_default_timeout(10_000)
     page.goto(address); page.wait_for_selector('#answer-dpo .card')
+    page.click('#agree'); page.wait_for_selector('#notice', state='hidden')
     yield page
     assert not [url for url in page.asked if not url.startswith((address, 'data:', 'blob:'))], 'external requests'
     assert not page.errors
@@ -235,7 +302,7 @@ def visit(browser, address):
 
 def ask(page, prompt):
     page.fill('#prompt textarea', prompt); page.click('#send')
-    for stage in lab.STAGES: page.wait_for_selector(f'#answer-{stage} .card.done')
+    for stage in STAGES: page.wait_for_selector(f'#answer-{stage} .card.done')
     page.locator('#status', has_text='All answers are complete.').wait_for()
 
 @pytest.mark.e2e
@@ -282,8 +349,8 @@ def test_an_example_can_be_asked_at_once(visit):
     visit.click('#send')
     visit.locator('#status', has_text='Write a prompt first.').wait_for()
     visit.click('#examples button >> nth=1'); visit.click('#send')
-    for stage in lab.STAGES: visit.wait_for_selector(f'#answer-{stage} .card.done')
-    assert visit.input_value('#prompt textarea') == lab.EXAMPLES[1]
+    for stage in STAGES: visit.wait_for_selector(f'#answer-{stage} .card.done')
+    assert visit.input_value('#prompt textarea') == chat.EXAMPLES[1]
 
 @pytest.mark.e2e
 def test_leaving_the_page_stops_the_writing(browser, address):
@@ -295,3 +362,47 @@ def test_leaving_the_page_stops_the_writing(browser, address):
         if not Toy.writing: break
         time.sleep(.1)
     assert Toy.writing == 0
+
+@pytest.mark.e2e
+def test_a_vote_goes_through_all_tabs(visit, store, monkeypatch):
+    page, bad = visit, 'script, iframe, form, video, audio, svg, base, meta, b, details'
+    tab = lambda name: page.get_by_role('tab', name=name).click()
+    ask(page, HOSTILE)
+    page.click('#down-base'); page.wait_for_selector('#why')
+    page.click('#reasons >> text=off-topic'); page.fill('#better textarea', 'A <b>quiet</b> film.'); page.click('#save-why')
+    page.locator('#status', has_text='a better answer, and why').wait_for()
+    said = store.read('SELECT kind, payload, reason_codes FROM event ORDER BY id DESC LIMIT 2')
+    assert [one['kind'] for one in said] == ['edit', 'thumb'] and json.loads(said[1]['reason_codes']) == ['off-topic']
+
+    page.click('#watch'); page.wait_for_selector('#x-answer textarea')
+    page.wait_for_function('document.querySelector("#x-answer textarea").value.length > 100')
+    page.fill('#x-prompt textarea', 'What did you think of it?'); page.fill('#x-answer textarea', 'A <b>joy</b>, <img src=http://evil.example/x>.')
+    page.click('#x-look'); page.wait_for_selector('#x-maps figure', timeout=60_000)
+    assert page.locator('#x-maps figure').count() == 4 and page.locator('#x-maps').locator(f'img, {bad}').count() == 0
+    assert '<b>joy</b>' in page.inner_text('#x-maps figure >> nth=0').replace('\n', '').replace(' ', '') or re.search('[+−][0-9]+[.][0-9]{2}', page.inner_text('#x-maps figure >> nth=0'))
+
+    tab('Arena')
+    monkeypatch.setitem(Toy.says, 'base', 'It is a film.') # and not a tag of that name
+    page.fill('#duel-prompt textarea', 'Who is it? 1 2 s'); page.click('#fight'); page.wait_for_selector('#vote-a')
+    assert not re.search(NAMES, page.inner_text('#duel') + page.inner_html('#duel') + page.inner_text('#ballot'))
+    votes = lambda: store.read("SELECT count(*) AS n FROM event WHERE kind = 'pair'")[0]['n']
+    before = votes()
+    page.focus('#duel-prompt textarea'); page.keyboard.press('1') # somebody types
+    page.evaluate('document.activeElement.blur()'); page.keyboard.press('2'); page.keyboard.press('2')
+    page.wait_for_selector('#reveal table')
+    assert votes() == before + 1 and len(re.findall(NAMES, page.inner_text('#reveal'))) == 2
+
+    tab('Feedback')
+    page.wait_for_selector('#events table')
+    shown = page.inner_text('#events')
+    assert all(word in shown for word in ('off-topic', 'edit', 'pair')) and page.locator('#events').locator(f'img, {bad}').count() == 0
+    page.click('#chosen input'); page.click('[role=option]:has-text("edit")'); page.wait_for_selector('#provenance .receipt')
+    page.click('#withdraw'); page.locator('#votes-status', has_text='Taken back').wait_for()
+    assert store.read('SELECT kind FROM event ORDER BY id DESC LIMIT 1') == [{'kind': 'withdraw'}]
+
+    page.set_viewport_size(dict(width=390, height=800))
+    for name in ('Chat', 'Arena', 'Feedback', 'X-ray', 'About & privacy'):
+        more = page.get_by_role('tab', name=name)
+        if more.is_visible(): more.click()
+        assert page.evaluate('document.documentElement.scrollWidth') <= 390, name
+    assert page.evaluate('window.ran') is None
