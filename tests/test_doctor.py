@@ -153,7 +153,7 @@ def test_a_new_alarm_is_said_once_and_counted(tmp_path, capsys):
 def test_a_resumed_run_does_not_repeat_its_alarms(tmp_path, capsys):
     table = ppo() | {'lab/repetition': np.full(N, .5)}
     with Run(tmp_path, {}) as run:
-        for row in rows(table)[:40]: run.log(row['step'], row)
+        for row in rows(table)[:40]: run.log(row['step'], row | {'lab/alarms': 1})
         later = [update for update in updates(table) if update[0].step > 40]
         seen = [measured['lab/alarms'] for _, measured, _ in watched(iter(later), run, PPO_SIGNS)]
     assert seen == [1]*20 and capsys.readouterr().err == ''
