@@ -62,6 +62,7 @@ class Models:
         ids = stream(model, encode_prompt(tokenizer, sent), key=jax.random.key(seed), stop=end, **sampling)
         yield from texts(tokenizer, (token for token in ids if token not in end))
 
+# %% ../nbs/51_answers.ipynb #1fd56911
 def weights_hash(files: list) -> str:
     "SHA-256 over the files of a model: its true name."
     digest = hashlib.sha256()

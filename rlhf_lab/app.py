@@ -18,7 +18,7 @@ from .curves import training_tab
 from .feedback import Feedback
 from .inside import Inside, inside_tab
 from .runs import setting
-from .votes import NOTICE, SCOPE, Archive, about_tab, agree, local, standing, votes_tab
+from .votes import NOTICE, Archive, about_tab, agree, local, standing, votes_tab
 
 # %% ../nbs/59_app.ipynb #0d23e354
 CSS = '''

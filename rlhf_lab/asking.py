@@ -49,6 +49,7 @@ def add_item(
             created=time.time_ns()//1000)
     return name
 
+# %% ../nbs/18_asking.ipynb #66968686
 TAKEN = 'submitted', 'discarded' # States in which an item is done with
 
 def borrow(
@@ -76,6 +77,7 @@ def borrow(
         store.insert(lease, **loan, state='draft' if draft else 'pending', draft=draft, expires=now + int(seconds*1e6))
     return dict(id=found[0]['id'], mode=found[0]['mode'], answers=json.loads(found[0]['generation_ids']), draft=draft)
 
+# %% ../nbs/18_asking.ipynb #d62e0ad0
 def hand_in(
     store: Feedback,
     item: str,

@@ -7,9 +7,9 @@ __all__ = ['METHODS', 'Method', 'CompareConfig', 'Start', 'of_quickstart', 'spoi
            'best_points', 'compare_methods', 'keep', 'over_seeds', 'moments', 'methods_plot', 'draw']
 
 # %% ../nbs/47_compare.ipynb #029634a2
-import contextlib, functools, json, os, jax, numpy as np
+import json, jax, numpy as np
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 from .core import CheckpointError, UsageError

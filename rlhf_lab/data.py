@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 import numpy as np
 from .core import Batch, CheckpointError, DataError, Pairs
-from .rows import (COLUMNS, SUFFIXES, BadRow, answers, check_rows, data_files, normal_row, normalise_rows,
+from .rows import (COLUMNS, SUFFIXES, BadRow, answers, data_files, normal_row, normalise_rows,
                            place_of, prompt_text, read_json, require_good, row_type)
 from .tokens import encode_example, preview, text_ids
 
@@ -52,6 +52,7 @@ def first_line(error: Exception) -> str:
     "What went wrong, in at most 200 characters."
     return f'{(str(error).splitlines() or [type(error).__name__])[0]:.200}'
 
+# %% ../nbs/11_data.ipynb #d1d177a7
 def load_rows(
     source: str, # A hub id (`owner/name`, or `owner/name/folder`), a file, or a folder of files
     split: str = 'train',
@@ -197,6 +198,7 @@ def tokenize_answers(
     same = min(len(e.tokens) - e.mask.sum() for e in made)
     return [Example(*(a[len(a) - same - e.mask.sum():] for a in e)) for e in made]
 
+# %% ../nbs/11_data.ipynb #d3cf8264
 def tokenize_rows(
     rows,
     tokenizer,
@@ -212,6 +214,7 @@ def tokenize_rows(
         else: examples += [(a, b) for (i, a), (j, b) in permutations(zip(row['ranks'], made), 2) if i < j]
     return examples
 
+# %% ../nbs/11_data.ipynb #e48db2b8
 def show_rows(
     source: str,
     tokenizer,
@@ -278,6 +281,7 @@ def check_fingerprint(then: int, now: int):
     if int(then) != now:
         raise CheckpointError('the data, the tokenizer, the batch size or the seed changed since: put it back, or start a new run')
 
+# %% ../nbs/11_data.ipynb #96c509a1
 class Batches:
     "Iterate over `Batch`, or `Pairs` where the examples are pairs; going on with `for` after a `break` continues."
     def __init__(self,

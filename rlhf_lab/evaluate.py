@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 import jax, numpy as np
-from flax import nnx
 from .core import Array, Batch, Rollout, UsageError
 from .data import Example, collate, common_start, load_rows, tokenize_rows
 from .generate import completions, generate
@@ -104,6 +103,7 @@ def _in_batches(items: list, size: int):
         some = items[start:start + size]
         yield start, len(some), some + some[-1:]*(min(size, len(items)) - len(some))
 
+# %% ../nbs/40_evaluate.ipynb #9049eaeb
 def ask(
     model: Transformer,
     prompts: list, # Of lists of token ids
@@ -123,11 +123,12 @@ def ask(
             shared=shared, n=n, rows=np.arange(start*n, (start + len(some))*n))
         if reference is not None:
             both = Batch(rollout.tokens, rollout.mask, below=rollout.below if reference.split == model.split else None, shared=shared)
-            own = rollout.logprobs if model.dtype == 'float32' else _logprobs(model, both, temperature) # rounded, the sampler's differ
-            rollout = rollout.replace(logprobs=own, ref_logprobs=_logprobs(reference, both, temperature))
+            own, other = (_logprobs(m, both, temperature) for m in (model, reference))
+            rollout = rollout.replace(logprobs=own, ref_logprobs=other)
         parts.append(jax.tree.map(lambda x: np.asarray(x[:real*n]), rollout))
     return jax.tree.map(lambda *x: np.concatenate(x), *parts)
 
+# %% ../nbs/40_evaluate.ipynb #276f627b
 def load_roles(
     folders: dict, # Name → model directory, or a name that `load_model` knows
     precision: str = 'float32', # Of products
@@ -320,6 +321,7 @@ def judge_of(
     def scores(rollout): return found[0] if isinstance(found := reward(rollout), tuple) else found
     return scores
 
+# %% ../nbs/40_evaluate.ipynb #7bfe0b43
 @dataclass
 class EvalConfig:
     "Compare models on held-out prompts."

@@ -8,7 +8,7 @@ __all__ = ['FORMULA', 'Filters', 'too_fast', 'leaked', 'same_words', 'hidden_ans
            'neutral', 'original', 'write_csv']
 
 # %% ../nbs/15_exports.ipynb #48ed926a
-import csv, dataclasses, hashlib, json, os, re, shutil, statistics, time
+import csv, dataclasses, json, os, re, shutil, statistics, time
 from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -17,6 +17,7 @@ from .core import DataError, LabError, UsageError
 from .feedback import (LAST, SCOPES, Feedback, canonical, dataset_row, dataset_version, event, label_item, lines_of, prompt_hash,
     sha256, ulid, whole_file)
 from .forms import EXACT, FORMATS, KINDS, Judgement, bare, judgements
+from .runs import digest
 
 # %% ../nbs/15_exports.ipynb #b8b7bf4e
 @dataclasses.dataclass(frozen=True)
@@ -174,14 +175,15 @@ def freeze(
     if not used:
         raise DataError(f'alarm: all of {len(judged)} judgements were left out ({tally(out) or "there are none"}): nothing was frozen')
     for name, made in rows.items(): no_mixture(made, name)
-    digest = sha256(''.join(name + line for name, made in rows.items() for line in lines_of(made)))
+    content = sha256(''.join(name + line for name, made in rows.items() for line in lines_of(made)))
     facts = dict(filter_spec=dataclasses.asdict(filters), event_high_water=judged[-1].id, judgements=len(judged), used=len(used),
-        excluded=dict(out), unknown=dict(unknown), counts={name: len(made) for name, made in rows.items()}, content_sha256=digest)
+        excluded=dict(out), unknown=dict(unknown), counts={name: len(made) for name, made in rows.items()}, content_sha256=content)
     facts |= dict(n_per_kind=dict(Counter(one.kind for one in kept if one.id in used)))
     facts = register(store, facts, rows)
     place = write_version(Path(folder), facts, rows, statistics_of(kept, rows.get('preference', [])), licence)
     return Version(facts['id'], place, facts['counts'], facts['excluded'], facts['unknown'])
 
+# %% ../nbs/15_exports.ipynb #8641162a
 def tally(counts: dict) -> str: return ', '.join(f'{n} {reason}' for reason, n in counts.items())
 
 def register(store: Feedback, facts: dict, rows: dict) -> dict: # With `id`, `parent`, `created`
@@ -200,6 +202,7 @@ def register(store: Feedback, facts: dict, rows: dict) -> dict: # With `id`, `pa
         db.execute(dataset_row.insert(), list({tuple(row.values()): row for row in origins}.values()))
     return facts | born
 
+# %% ../nbs/15_exports.ipynb #1561c359
 def write_version(folder: Path, facts: dict, rows: dict, about: str, licence: str) -> Path:
     "The folder of a version: it appears whole."
     place, draft = folder/facts['id'], folder/f'.{facts["id"]}.{ulid()}'
@@ -208,7 +211,7 @@ def write_version(folder: Path, facts: dict, rows: dict, about: str, licence: st
             if made: write_format(draft, name, made)
         with whole_file(draft/'README.md') as file: file.write(card(facts, about, licence))
         files = [file for file in sorted(draft.rglob('*')) if file.is_file()]
-        files = {str(file.relative_to(draft)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+        files = {str(file.relative_to(draft)): digest(file) for file in files}
         with whole_file(draft/'MANIFEST.json') as file: json.dump(facts | dict(files=files), file, indent=1, ensure_ascii=False)
         if place.exists(): shutil.rmtree(place)
         os.replace(draft, place)

@@ -6,15 +6,14 @@
 __all__ = ['newest', 'one_at_a_time', 'SCHEMA', 'TYPES', 'session', 'dataset_version', 'checkpoint', 'generation', 'event',
            'dataset_row', 'battle', 'label_item', 'lease', 'SCOPES', 'CHOICES', 'ONE', 'TARGETS', 'later', 'SAID',
            'LAST', 'ulid', 'column', 'table', 'clean', 'canonical', 'sha256', 'prompt_hash', 'split_of', 'checked',
-           'subject_of', 'sides', 'unpaired', 'paired', 'whole_file', 'lines_of', 'write_rows', 'Sayings', 'Judgements',
-           'Feedback']
+           'subject_of', 'sides', 'whole_file', 'lines_of', 'Sayings', 'Judgements', 'Feedback']
 
 # %% ../nbs/12_feedback.ipynb #72fbe27e
-import collections, contextlib, hashlib, hmac, itertools, json, os, secrets, threading, time, unicodedata
+import contextlib, hashlib, hmac, itertools, json, os, secrets, threading, time, unicodedata
 from pathlib import Path
 import sqlalchemy as sa
 from . import __version__
-from .core import DataError, LabError, UsageError
+from .core import LabError, UsageError
 from .ledger import Ledger
 
 # %% ../nbs/12_feedback.ipynb #22c8d2ec
@@ -139,22 +138,6 @@ def sides(vote: dict) -> tuple: # prompt, completion
     if vote['messages'] is None: return vote['prompt'], vote['completion']
     return json.loads(vote['messages']), [{'role': 'assistant', 'content': vote['completion']}]
 
-def unpaired(votes: list) -> list:
-    "One row `{prompt, completion, label}` for each vote."
-    return [dict(zip(('prompt', 'completion', 'label'), (*sides(vote), vote['value'] == 'up'))) for vote in votes]
-
-# %% ../nbs/12_feedback.ipynb #39dcd672
-def paired(votes: list) -> list:
-    "Every liked answer with every different disliked one to the same prompt: rows `{prompt, chosen, rejected}`."
-    groups, pairs = collections.defaultdict(lambda: {'up': [], 'down': []}), {}
-    for vote in votes: groups[vote['prompt_sha256']][vote['value']].append(vote)
-    for name, group in groups.items():
-        for up, down in itertools.product(group['up'], group['down']):
-            if up['completion'].strip() == down['completion'].strip(): continue
-            row = dict(zip(('prompt', 'chosen', 'rejected'), (*sides(up), sides(down)[1])))
-            pairs[name, up['completion'], down['completion']] = row
-    return list(pairs.values())
-
 # %% ../nbs/12_feedback.ipynb #8e78e9e9
 @contextlib.contextmanager
 def whole_file(path):
@@ -170,15 +153,6 @@ def whole_file(path):
     finally: draft.unlink(missing_ok=True)
 
 def lines_of(rows): return (json.dumps(row, ensure_ascii=False) + '\n' for row in rows)
-
-def write_rows(path, rows: list) -> Path:
-    "Write `rows` as JSON lines. Raises DataError when there are none or when chats and plain texts are mixed."
-    forms = {type(row['prompt']) for row in rows}
-    if not rows: raise DataError(f'nothing to write to {path}: there are no votes of this kind yet')
-    if len(forms) > 1:
-        raise DataError(f'{path} cannot hold chats and plain texts in one column: write them to two files')
-    with whole_file(path) as file: file.writelines(lines_of(rows))
-    return Path(path)
 
 # %% ../nbs/12_feedback.ipynb #ad2dafe4
 class Sayings(Ledger):
@@ -337,18 +311,6 @@ class Feedback(Judgements):
     mirror = None # Told of new events: see `upkeep.Mirror`
     def committed(self):
         if self.mirror and self.news: self.mirror.append(self.news)
-
-    def rows(self) -> list: return unpaired(self.votes())
-    def pairs(self) -> list: return paired(self.votes())
-
-    def export(self,
-        path,
-        kind: str = 'rows', # rows: `{prompt, completion, label}`; pairs: `{prompt, chosen, rejected}`
-    ) -> Path:
-        "Write the live thumbs as JSON lines, at once and without filters; `exports.freeze` makes data sets that can be cited."
-        if kind not in ('rows', 'pairs'):
-            raise UsageError(f'feedback is exported as rows or as pairs, not as {kind!r:.40}')
-        return write_rows(path, {'rows': self.rows, 'pairs': self.pairs}[kind]())
 
     def texts(self, names, columns: tuple = ('prompt', 'completion')) -> dict: # By id
         "Some columns of many generations."

@@ -9,7 +9,7 @@ __all__ = ['truncate', 'pick', 'draws', 'prefill', 'empty_cache', 'decode', 'gen
 # %% ../nbs/23_generate.ipynb #7823a867
 import functools, jax, jax.numpy as jnp, numpy as np
 from flax import nnx
-from .core import Array, Bool, Float, Int, LabError, Rollout
+from .core import Array, Float, Int, LabError, Rollout
 from .model import Transformer, causal_mask, cut, join, read, row_positions
 
 # %% ../nbs/23_generate.ipynb #21d17a3c

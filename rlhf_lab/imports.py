@@ -6,7 +6,7 @@
 __all__ = ['read_rows', 'understood', 'battle_row', 'kind_of', 'import_rows', 'take']
 
 # %% ../nbs/16_imports.ipynb #230bdbf7
-import json, tempfile
+import tempfile
 from collections import Counter
 from pathlib import Path
 import sqlalchemy as sa

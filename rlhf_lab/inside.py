@@ -8,7 +8,7 @@ __all__ = ['MEASURES', 'LONGEST', 'PROBES', 'encoded', 'readings', 'token_maps',
 
 # %% ../nbs/57_inside.ipynb #061b4686
 import collections, threading, gradio as gr
-from .answers import STAGES, grid, inert, known, message, person, sentence
+from .answers import STAGES, grid, known, message, person, sentence
 from .chat import EXAMPLES, QUIET, markdown
 from .core import LabError
 

@@ -13,13 +13,12 @@ from flax import nnx, struct
 from pathlib import Path
 from typing import Literal
 from .choices import level_steps, ordinal, plackett_luce, squared_error, top_only
-from .core import Array, Batch, DataError, Float, LabError, both, masked_mean
-from .data import Batches, clean_rows, collate, load_rows, prompt_text, tokenize_answers, tokenize_rows
+from .core import Array, Batch, DataError, Float, both, masked_mean
+from .data import Batches, collate, prompt_text, tokenize_answers, tokenize_rows
 from .judgements import as_rankings
 from .model import Transformer
-from rlhf_lab.reward import (POOLS, RewardConfig, ask_judge, last_token, load_judge, pair_loss, read_pairs, report_margins, score,
+from rlhf_lab.reward import (POOLS, RewardConfig, ask_judge, last_token, load_judge, read_pairs, report_margins, score,
     train_judge)
-from .rows import normalise_rows, require_good
 from .runs import Run, write_file
 from .stats import interval
 from .tokens import load_tokenizer

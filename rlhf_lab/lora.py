@@ -9,8 +9,8 @@ __all__ = ['LoRA', 'add_lora', 'share', 'HeadParam', 'trainable', 'ScalarHead', 
 # %% ../nbs/22_lora.ipynb #41015674
 import jax, jax.numpy as jnp
 from flax import nnx
-from .core import Array, CheckpointError, Float
-from .model import Linear, Transformer, dot
+from .core import Array, CheckpointError
+from .model import Transformer, dot
 
 # %% ../nbs/22_lora.ipynb #c81b796d
 class LoRA(nnx.Module):

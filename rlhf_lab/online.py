@@ -10,7 +10,7 @@ __all__ = ['in_groups', 'rloo_advantages', 'grpo_advantages', 'add_group_advanta
 # %% ../nbs/35_online.ipynb #40b363e1
 import functools, jax, jax.numpy as jnp
 from flax import nnx
-from .core import Array, Float, Int, LabError, Rollout, State, masked_mean
+from .core import Array, Float, Int, LabError, Rollout, masked_mean
 from .model import score_tokens
 from .ppo import ActorCritic, clipped_surrogate, health
 from .reward import bradley_terry

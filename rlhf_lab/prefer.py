@@ -19,7 +19,6 @@ from .dpo import (add_tokens, alpha_divergence, apo_down, apo_zero, balance, bco
 from .judgements import as_pairs, as_thumbs
 from .lora import drop_lora, merge_lora
 from .model import Transformer, score_tokens
-from .reward import bradley_terry
 from .runs import Run
 from .sft import prepare_rows
 from .train import TrainConfig, adamw, init_state, known_states, load_role, lower_states, make_step, remember, save_role, train

@@ -236,6 +236,7 @@ def train_judge(
         save_judge(judge, tokenizer, run.path, dict(card, base=str(config.model)))
     return judge, margins
 
+# %% ../nbs/32_reward.ipynb #73c1d953
 def train_reward(
     config: RewardConfig,
     states: dict = {}, # What is known about the texts: see `known_states`

@@ -87,6 +87,7 @@ def check_prompt(
         raise BadRow('prompt', f'ends with {roles[-1]}', 'end with what the user says')
     return prompt
 
+# %% ../nbs/04_rows.ipynb #fa603c51
 def asked(
     value, # As found, or None where it must be found elsewhere
 ) -> str|list[dict]|None:
@@ -98,6 +99,7 @@ def shared_start(texts: list[str]) -> str: # Ends where a word ends; '' where th
     "What all texts begin with, up to the last white space before they part."
     return found[1] if (found := re.match(r'(?s)(.*\S)\s+\S*\Z', os.path.commonprefix(texts))) else ''
 
+# %% ../nbs/04_rows.ipynb #47495b93
 def apart(
     prompt, # As found, or None
     values: list, # The answers as found; messages may repeat the prompt
@@ -181,6 +183,7 @@ def parse(text: str):
         raise ValueError('half a surrogate pair')
     return value
 
+# %% ../nbs/04_rows.ipynb #edbb7d29
 def too_deep(value, levels: int = 32) -> bool:
     "Are there lists or objects more than `levels` inside each other? Without recursion, which is the point."
     level = [value]
@@ -189,6 +192,7 @@ def too_deep(value, levels: int = 32) -> bool:
         level = [inner for x in level for inner in x]
     return any(isinstance(x, (list, dict)) for x in level)
 
+# %% ../nbs/04_rows.ipynb #f86a4f46
 def read_json(
     file: Path, # .json, .jsonl, or either with .gz
     split: str = 'train', # Picks the list where the file holds several

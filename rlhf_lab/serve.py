@@ -10,7 +10,7 @@ import asyncio, collections, functools, queue, threading, time, jax, jax.numpy a
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
 from flax import nnx
-from .core import Array, Float, Int, LabError, UsageError
+from .core import Array, Int, LabError, UsageError
 from .generate import _choose, _prefill, check_sampling, empty_cache
 from .model import Transformer
 
@@ -87,6 +87,7 @@ def power(n: int, least: int = 64) -> int:
     "The next power of two."
     return max(least, 1 << (n - 1).bit_length())
 
+# %% ../nbs/50_serve.ipynb #b9157b62
 class Rows:
     "The answers that one set of weights is writing."
     def __init__(self, model: Transformer, badge, rows: int):

@@ -8,7 +8,7 @@ __all__ = ['NOTICE', 'SCOPE', 'KINDS', 'ABOUT', 'local', 'in_charge', 'agree', '
 
 # %% ../nbs/56_votes.ipynb #6cd2fa05
 import hmac, ipaddress, json, time, gradio as gr
-from .answers import CONSENT, STAGES, grid, inert, message, person, within
+from .answers import CONSENT, STAGES, grid, inert, message, person
 from .chat import AT_ONCE, QUIET, markdown
 from .core import LabError, UsageError
 from .exports import Filters, freeze, reasons, sift, tally

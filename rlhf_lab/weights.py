@@ -11,7 +11,7 @@ import dataclasses, hashlib, importlib.util, json, os, shutil, subprocess, sys, 
 from pathlib import Path
 import jax, jax.numpy as jnp, numpy as np
 from flax import nnx
-from .core import Array, CheckpointError, LabError
+from .core import CheckpointError, LabError
 from .model import ModelConfig, Transformer
 from .runs import cache_dir, plain, unlinked
 from .tokens import load_tokenizer

@@ -14,6 +14,7 @@ from pathlib import Path
 from .core import Array, Batch, CheckpointError, Float, LabError, Pairs, Rollout, UsageError, both
 from .data import Example, collate, common_start
 from .dpo import Thumbs, dpo_loss, kto_loss
+from .evaluate import _below, _logprobs
 from .generate import generate
 from .lora import add_lora, drop_lora, load_adapter, merge_lora
 from .model import Transformer, score_tokens
@@ -40,9 +41,6 @@ def token_kl(
     return jnp.where(batch.mask, jnp.pad(found, ((0, 0), (1, 0))), 0)
 
 # %% ../nbs/43_xray.ipynb #fbd97182
-@jax.jit
-def _below(model, batch): return batch.replace(below=model.below(batch))
-
 @jax.jit
 def _xray(model, reference, batch, temperature, beta):
     (logprobs, entropies), (ref_logprobs, _) = (score_tokens(m, batch, temperature) for m in (model, reference))
@@ -148,9 +146,6 @@ def replay(
         stop=stop if config.stop_at_eos else (), width=width, shared=common_start(prompts))
 
 # %% ../nbs/43_xray.ipynb #7e54f5bc
-@jax.jit
-def _logprobs(model, batch, temperature): return score_tokens(model, batch, temperature)[0]
-
 def receipt(
     before: Transformer,
     after: Transformer,
@@ -196,6 +191,7 @@ def lesson_step(loss, beta: float, learning_rate: float): # Made once, so that i
 @functools.partial(jax.jit, static_argnames='most')
 def _moved(model, reference, batch, most): return token_kl(model, reference, batch, most=most).sum(1)
 
+# %% ../nbs/43_xray.ipynb #e02dfbb2
 class Sandbox:
     "A private copy of a served model that learns from single votes."
     def __init__(self,

@@ -4,7 +4,8 @@ from pathlib import Path
 import pytest, sqlalchemy as sa
 from rlhf_lab.core import DataError, LabError, UsageError
 from rlhf_lab.exports import freeze
-from rlhf_lab.feedback import SCHEMA, Feedback, event, generation, prompt_hash, split_of, ulid
+from rlhf_lab.forms import FORMATS, bare, judgements, preference
+from rlhf_lab.feedback import SCHEMA, Feedback, event, generation, prompt_hash, split_of
 from rlhf_lab.upkeep import Mirror, backup, erase, page
 
 @pytest.fixture
@@ -355,7 +356,7 @@ def test_withdrawn_is_in_no_export_and_erased_in_no_byte(store, tmp_path):
     version = freeze(store, tmp_path/'sets', ('unpaired',), kinds=('thumb', 'edit'), split='all')
     assert bytes_of(tmp_path, 'CANARY') and bytes_of(tmp_path, '4242424242') and bytes_of(tmp_path, 'Ann Example')
     store.withdraw(vote)
-    assert [row['label'] for row in store.rows()] == [True]
+    assert [vote['value'] for vote in store.votes()] == ['up']
     assert store.receipt(vote)['versions'] == [version.id]
     done = erase(store, 'Ann Example')
     assert done == dict(generations=1, events=3, versions=[version.id])
@@ -385,36 +386,34 @@ def test_nothing_private_is_kept(store, tmp_path):
 def test_odd_text_survives(store):
     text = 'a\0b \udcff 🎬\r\n<script>'
     assert store.generation(ask(store, text, value='up'))['completion'] == 'a\0b ? 🎬\r\n<script>'
-    assert store.rows()[0]['completion'] == 'a\0b ? 🎬\r\n<script>'
+    assert store.votes()[0]['completion'] == 'a\0b ? 🎬\r\n<script>'
 
 def test_refusals_are_sentences(store, tmp_path):
     with pytest.raises(LabError, match='no answer'): store.vote('x', 'up')
     with pytest.raises(UsageError, match='up, down or none'): store.vote(ask(store), 'sideways')
     with pytest.raises(UsageError, match='no judgement'): store.judge('poem', [], {})
     with pytest.raises(UsageError, match='no column'): store.record('Hi', 'x', model='base', more={'colour': 'red'})
-    with pytest.raises(UsageError, match='rows or as pairs'): store.export(tmp_path/'x', 'poems')
+    with pytest.raises(UsageError, match='no form'): freeze(store, tmp_path/'x', ('poems',))
     with pytest.raises(LabError, match='no event'): store.withdraw('x')
     with pytest.raises(LabError, match='cannot keep feedback'): Feedback('mysql://host/db')
-    with pytest.raises(DataError, match='no votes of this kind'): store.export(tmp_path/'x.jsonl', 'pairs')
+    with pytest.raises(DataError, match='all of 0 judgements were left out'): freeze(store, tmp_path/'x')
     ask(store, value='up'); ask(store, prompt=[{'role': 'user', 'content': 'Hi'}], value='up')
-    with pytest.raises(DataError, match='chats and plain texts'): store.export(tmp_path/'x.jsonl')
+    with pytest.raises(DataError, match='chats and plain texts'): freeze(store, tmp_path/'x', ('unpaired',), split='all')
     assert not list(tmp_path.glob('*x*'))
 
 def test_pairs_join_what_is_the_same_question(store):
-    ask(store, 'good', 'Write  a\nreview', 'up'); ask(store, 'bad', ' Write a review ', 'down')
-    ask(store, 'good', 'Write a review', 'down'); ask(store, 'other', 'Another', 'down')
-    assert store.pairs() == [{'prompt': 'Write  a\nreview', 'chosen': 'good', 'rejected': 'bad'}]
+    ask(store, 'good', 'Write  a\nreview', 'up'); ask(store, 'bad', ' Write a review ', 'down'); ask(store, 'other', 'Another', 'down')
+    assert [bare(row) for row in preference(judgements(store))] == [{'prompt': 'Write  a\nreview', 'chosen': 'good', 'rejected': 'bad'}]
 
-@pytest.mark.parametrize('kind, columns',
-    [('rows', {'prompt', 'completion', 'label'}), ('pairs', {'prompt', 'chosen', 'rejected'})])
+@pytest.mark.parametrize('kind, columns', [('unpaired', {'prompt', 'completion', 'label'}), ('preference', {'prompt', 'chosen', 'rejected'})])
 @pytest.mark.parametrize('prompt', ['Hi', [{'role': 'user', 'content': 'Hi'}]])
 def test_exports_load_as_data(store, tmp_path, kind, columns, prompt):
     ask(store, 'good', prompt, 'up'); ask(store, 'bad', prompt, 'down'); ask(store, 'no vote', prompt)
-    path = store.export(tmp_path/'out'/f'{kind}.jsonl', kind)
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
-    assert rows == getattr(store, kind)() and all(set(row) == columns for row in rows)
+    path = freeze(store, tmp_path/'out', (kind,), split='all').folder/'data'/f'{kind}.jsonl'
+    rows = [bare(json.loads(line)) for line in path.read_text().splitlines()]
+    assert rows == [bare(row) for row in FORMATS[kind](judgements(store))] and all(set(row) == columns for row in rows)
     loaded = pytest.importorskip('rlhf_lab.data').load_rows(str(path))
-    assert set(loaded.column_names) == columns and loaded[0]['prompt'] == prompt
+    assert columns <= set(loaded.column_names) and loaded[0]['prompt'] == prompt
 
 # ── PostgreSQL ──
 
@@ -448,7 +447,7 @@ def test_postgres_keeps_the_same_promises(server, tmp_path):
     at_once(*[lambda s=s: made.append(s.judge('pair', [a, b], {'value': 'a'}, session=ann, nonce='click')) for s in stores]*5)
     assert sum(map(bool, made)) == 1 and count(two) == 3
     for value in ('none', 'up'): three.vote(a, value)
-    assert [row['value'] for row in one.votes()] == ['down', 'up'] and len(one.pairs()) == 1
+    assert [row['value'] for row in one.votes()] == ['down', 'up'] and len(preference(judgements(one))) == 1
     with pytest.raises(LabError, match='events are never changed'): one.write(sa.text("UPDATE event SET payload = '{}'"))
     version = freeze(two, tmp_path, ('preference', 'unpaired'), split='all')
     assert version.counts == dict(preference=1, unpaired=2) and three.receipt([name for name in made if name][0])['versions'] == [version.id]

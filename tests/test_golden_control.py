@@ -1,7 +1,7 @@
 "Advantages over several episodes, the clipped losses and normal policies are those of CleanRL, HALOs, tunix and torch."
 import functools, re
 from typing import NamedTuple
-import jax, jax.numpy as jnp, numpy as np, pytest
+import jax, numpy as np, pytest
 from goldens import double, exact, golden, in_float64, kind
 from rlhf_lab.control import Categorical, Diagonal, Full, Transition, control_loss, full, tanh_correction
 from rlhf_lab.core import whiten

@@ -1,5 +1,5 @@
 "Adapters are those of peft."
-import jax, jax.numpy as jnp, numpy as np, pytest
+import jax, jax.numpy as jnp, pytest
 from flax import nnx
 from goldens import array, close, double, each, in_float64, kind, load
 from rlhf_lab.lora import LoRA

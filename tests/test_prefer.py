@@ -1,6 +1,5 @@
 "Preferring from files: a reference that moves survives a restart, every kind of judgement finds its loss, no loss is a name for another."
 import json, typing
-from pathlib import Path
 import jax.numpy as jnp, numpy as np, pytest
 from rlhf_lab import dpo
 from rlhf_lab.core import Batch, Pairs

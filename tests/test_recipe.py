@@ -1,6 +1,6 @@
 "The recipe of the first paper on language models from preferences: what it does in a world where everything is known."
 import dataclasses, functools
-import jax.numpy as jnp, numpy as np, pytest
+import numpy as np, pytest
 import optax
 from flax import nnx
 from rlhf_lab.ppo import ActorCritic, PPOConfig, practise

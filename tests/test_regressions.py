@@ -8,8 +8,7 @@ from rlhf_lab.core import Batch, LabError, Rollout, UsageError
 from rlhf_lab.generate import generate
 from rlhf_lab.lora import add_head, add_lora, merge_lora
 from rlhf_lab.online import add_group_advantages, contest, duel_loss, grpo_advantages, grpo_loss, online_loss, rloo_advantages
-from rlhf_lab.ppo import (ActorCritic, PPOConfig, add_advantages, appraise, assess, check_ratio, check_start, describe, ended, gae, ppo_loss, practise, shaped_rewards,
-    variety)
+from rlhf_lab.ppo import (ActorCritic, PPOConfig, add_advantages, appraise, assess, check_ratio, check_start, describe, ended, gae, ppo_loss, practise, shaped_rewards)
 from rlhf_lab.practise import OnlineConfig, train_online, train_ppo
 from rlhf_lab.runs import Run
 from rlhf_lab.train import init_state
