@@ -388,8 +388,8 @@ def test_a_vote_goes_through_all_tabs(visit, store, monkeypatch):
     votes = lambda: store.read("SELECT count(*) AS n FROM event WHERE kind = 'pair'")[0]['n']
     before = votes()
     page.focus('#duel-prompt textarea'); page.keyboard.press('1') # somebody types
-    page.click('#keys'); page.evaluate('document.activeElement.blur()'); page.keyboard.press('1') # keys are off
-    page.click('#keys'); page.evaluate('document.activeElement.blur()'); page.keyboard.press('2'); page.keyboard.press('2')
+    page.click('#keys input'); page.evaluate('document.activeElement.blur()'); page.keyboard.press('1') # keys are off
+    page.click('#keys input'); page.evaluate('document.activeElement.blur()'); page.keyboard.press('2'); page.keyboard.press('2')
     page.wait_for_selector('#reveal table')
     assert votes() == before + 1 and json.loads(store.read("SELECT payload FROM event WHERE kind = 'pair' ORDER BY id DESC LIMIT 1")[0]['payload'])['value'] == 'b'
     assert len(re.findall(NAMES, page.inner_text('#reveal'))) == 2

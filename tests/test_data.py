@@ -2,8 +2,9 @@
 import gzip, json, random
 import numpy as np, pytest
 from rlhf_lab.core import CheckpointError, DataError, Pairs
-from rlhf_lab.data import (Batches, Example, check_rows, check_source, clean_rows, clean_text, load_rows,
+from rlhf_lab.data import (Batches, Example, check_source, clean_rows, clean_text, load_rows,
     normalise_rows, prompt_texts, report, show_rows, split_rows, tokenize_rows)
+from rlhf_lab.rows import check_rows
 from rlhf_lab.tokens import check_mask, train_tokenizer
 
 datasets = pytest.importorskip('datasets')
