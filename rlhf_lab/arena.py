@@ -177,7 +177,7 @@ def arena_tab(arena: Arena, who, prompts: list) -> gr.Markdown: # The board, to 
         buttons['skip'] = gr.Button('Skip', elem_id='vote-skip')
         why = gr.Dropdown(WHY_SKIP, value=WHY_SKIP[0], label='Skip because', container=False, elem_id='skip-why')
     revealed, undo = markdown('', elem_id='reveal'), gr.Button('Undo', visible=False, elem_id='undo-duel', size='sm')
-    gr.Checkbox(True, label='Keys vote: 1 or ← A, 2 or → B, 3 both good, 4 both bad, s skip, u undo, n next', container=False, elem_id='keys')
+    gr.Checkbox(True, label='Keys vote: 1 or ← A, 2 or → B, 3 both good, 4 both bad, s skip, u undo, n next', container=False, interactive=True, elem_id='keys')
     with gr.Accordion('Settings', open=False), gr.Row(): controls = sampling_controls()
     table, shown = markdown(standings(arena.store), elem_id='board'), gr.State(None)
 
