@@ -23,6 +23,7 @@ def close(found, expected, tolerance=exact):
     assert np.abs(np.asarray(found) - expected).max() <= tolerance*max(1, np.abs(expected).max())
 
 @pytest.mark.skipif(double, reason='this is the float64 run')
+@pytest.mark.slow
 def test_all_of_this_in_float64(): in_float64(__file__)
 
 # ── advantages ──

@@ -6,6 +6,7 @@ from rlhf_lab.lora import LoRA
 from rlhf_lab.model import Linear
 
 @pytest.mark.skipif(double, reason='this is the float64 run')
+@pytest.mark.slow
 def test_all_of_this_in_float64(): in_float64(__file__)
 
 @each('efficiency')

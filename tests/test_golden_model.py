@@ -39,6 +39,7 @@ def turned(family, seed):
     return jnp.asarray(wide(rows), jnp.int32), wide(masks), cut, real, width
 
 @pytest.mark.skipif(double, reason='this is the float64 run')
+@pytest.mark.slow
 def test_all_of_this_in_float64(): in_float64(__file__)
 
 @families

@@ -7,6 +7,7 @@ from rlhf_lab.online import (bnpo, cispo, dapo, dr_grpo, grpo, grpo_advantages, 
 from rlhf_lab.ppo import clipped_surrogate
 
 @pytest.mark.skipif(double, reason='this is the float64 run')
+@pytest.mark.slow
 def test_all_of_this_in_float64(): in_float64(__file__)
 
 @each('grpo_rloo', 'adv')

@@ -8,6 +8,7 @@ from rlhf_lab.ppo import AdaptiveKL, PPOConfig, add_advantages, clipped_surrogat
 from rlhf_lab.train import adamw, tf_adam
 
 @pytest.mark.skipif(double, reason='this is the float64 run')
+@pytest.mark.slow
 def test_all_of_this_in_float64(): in_float64(__file__)
 
 def column(z, seed): return {name: array(z[f'{seed}/{name}']) for name in ('logprobs', 'ref_logprobs', 'values', 'scores', 'new_logprobs', 'vpred')}

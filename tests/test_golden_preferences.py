@@ -13,6 +13,7 @@ from rlhf_lab.train import fit, init_state, make_step
 part = functools.partial
 
 @pytest.mark.skipif(double, reason='this is the float64 run')
+@pytest.mark.slow
 def test_all_of_this_in_float64(): in_float64(__file__)
 
 # ── from log-probabilities ──

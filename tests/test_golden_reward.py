@@ -8,6 +8,7 @@ from rlhf_lab.judges import Lists, list_loss
 from rlhf_lab.reward import last_token, reward_loss
 
 @pytest.mark.skipif(double, reason='this is the float64 run')
+@pytest.mark.slow
 def test_all_of_this_in_float64(): in_float64(__file__)
 
 def judge_saying(rewards):

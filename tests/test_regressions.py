@@ -106,7 +106,7 @@ def test_before_the_first_update_the_ratio_is_one_and_the_loss_zero():
 WAYS = {'PPO': (train_ppo, PPOConfig(kl_target=.001, kl_horizon=64, kl_budget=1e-6, over_budget='rollback', epochs=2)),
     'hybrid': (train_online, OnlineConfig(method='hybrid', group=4, kl_target=.001, kl_horizon=64))}
 
-@pytest.mark.parametrize('way', WAYS)
+@pytest.mark.parametrize('way', ['PPO', pytest.param('hybrid', marks=pytest.mark.slow)])
 def test_a_run_cut_off_anywhere_ends_where_an_undisturbed_one_ends(way, toy, tmp_path):
     "R7: parameters, optimizer, random keys, prompts, price of a nat, and where a budget goes back to."
     train, config = WAYS[way]
