@@ -233,7 +233,7 @@ class QuickstartConfig:
     sft: SFTConfig = field(default_factory=lambda: SFTConfig(steps=12, batch_size=32, **STAGE))
     reward: RewardConfig = field(default_factory=lambda: RewardConfig(pool='mean', batch_size=8, **dict(STAGE, holdout=.2)))
     ppo: PPOConfig = field(default_factory=lambda: PPOConfig(steps=10, batch_size=32, epochs=2, kl_coef=.05, kl_budget=7., **dict(STAGE, learning_rate=2e-3)))
-    dpo: DPOConfig = field(default_factory=lambda: DPOConfig(batch_size=8, epochs=2, steps=48, **dict(STAGE, learning_rate=2e-3)))
+    dpo: DPOConfig = field(default_factory=lambda: DPOConfig(batch_size=8, **dict(STAGE, learning_rate=2e-3)))
 
 def has_room(config: QuickstartConfig, tokenizer): # Row → bool
     "Whether the prompt, and a completion of the human's or the models' length, fit into `max_length`."
@@ -245,7 +245,7 @@ def tiny(config: QuickstartConfig) -> QuickstartConfig:
     small = dict(precision='float32', max_length=96, top_layers=0, learning_rate=5e-3)
     return replace(config, prompts=96, pairs=640, ranked=2, new_tokens=12,
         sft=replace(config.sft, **dict(small, rank=0, steps=300, epochs=100, batch_size=16)), reward=replace(config.reward, epochs=4, **dict(small, batch_size=16)),
-        ppo=replace(config.ppo, **dict(small, kl_stop=0.)), dpo=replace(config.dpo, **dict(small, batch_size=16, epochs=1, steps=0)))
+        ppo=replace(config.ppo, **dict(small, kl_stop=0.)), dpo=replace(config.dpo, **dict(small, batch_size=16)))
 
 # %% ../nbs/44_quickstart.ipynb #091b9169
 class Stages:
