@@ -4,6 +4,13 @@ import pytest
 
 # There is much to compile here and little to compute. Child processes inherit it.
 os.environ.setdefault('JAX_DISABLE_MOST_OPTIMIZATIONS', '1')
+# And what was compiled once is there when the tests run again, in the folder where the command line keeps such things.
+os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0.1')
+import jax
+from rlhf_lab.cli import keep_programs
+keep_programs()
+os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', jax.config.jax_compilation_cache_dir)
+os.environ.setdefault('JAX_COMPILATION_CACHE_MAX_SIZE', str(jax.config.jax_compilation_cache_max_size))
 
 @pytest.fixture(scope='session')
 def toy(tmp_path_factory) -> str:
