@@ -158,6 +158,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                               'rlhf_lab.cli.keep_programs': ('cli.html#keep_programs', 'rlhf_lab/cli.py'),
                               'rlhf_lab.cli.launch': ('cli.html#launch', 'rlhf_lab/cli.py'),
                               'rlhf_lab.cli.main': ('cli.html#main', 'rlhf_lab/cli.py'),
+                              'rlhf_lab.cli.meet': ('cli.html#meet', 'rlhf_lab/cli.py'),
                               'rlhf_lab.cli.open_model': ('cli.html#open_model', 'rlhf_lab/cli.py'),
                               'rlhf_lab.cli.show': ('cli.html#show', 'rlhf_lab/cli.py'),
                               'rlhf_lab.cli.usage': ('cli.html#usage', 'rlhf_lab/cli.py'),

@@ -128,6 +128,6 @@ def join_hosts(env: dict = os.environ) -> bool: # Whether there are others
     if jax.distributed.is_initialized(): return True
     if (how := launched(env)) is None: return False
     if 'cpu' in (jax.config.jax_platforms or 'cpu'): jax.config.update('jax_cpu_collectives_implementation', 'gloo')
-    try: jax.distributed.initialize(**how, initialization_timeout=int(env.get('RLHF_LAB_WAIT', 300)))
+    try: jax.distributed.initialize(**how, shutdown_timeout_seconds=30)
     except (RuntimeError, ValueError) as e: raise LabError(f'the processes did not find each other: {str(e).splitlines()[0]:.200}') from None
     return True

@@ -206,7 +206,7 @@ def save_role(
 def collected(model):
     "The same model, on arrays that every process can read."
     graph, state = nnx.split(model)
-    return nnx.merge(graph, whole(state), copy=True)
+    return nnx.merge(graph, jax.tree.map(jnp.asarray, whole(state)), copy=True)
 
 def snapshot(policy: Transformer, folder, step: int, every: int, last: bool = False):
     "Keep what the policy is at this step, if it is time: the adapter alone, in `adapters/`, a few megabytes."
