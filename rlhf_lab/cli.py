@@ -53,6 +53,8 @@ verbs = {
     'feedback withdraw': Verb('take a judgement back', 'rlhf_lab.clerk:FeedbackWithdrawConfig', 'rlhf_lab.clerk:withdraw', False),
     'feedback erase': Verb('forget what somebody said, for good', 'rlhf_lab.clerk:FeedbackEraseConfig', 'rlhf_lab.clerk:forget', False),
     'feedback backup': Verb('a copy of the store, while it is used', 'rlhf_lab.clerk:FeedbackBackupConfig', 'rlhf_lab.clerk:save', False),
+    'doctor': Verb('what this machine has, whether a run fits, and how long it takes', 'rlhf_lab.machine:MachineConfig',
+                   'rlhf_lab.machine:tell_machine', False),
     'env': Verb('versions, devices, settings: for a report', 'rlhf_lab.cli:EnvConfig', 'rlhf_lab.cli:env', False),
 }
 
