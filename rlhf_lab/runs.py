@@ -135,8 +135,10 @@ def is_key(x) -> bool:
 def named_leaves(tree) -> dict: # Leaves by path; random keys as numbers, empty arrays left out
     "A pytree as a flat dictionary that Orbax can write."
     leaves = {jax.tree_util.keystr(path): x for path, x in jax.tree_util.tree_leaves_with_path(tree)}
-    raw = {name: jax.random.key_data(x) if is_key(x) else x if isinstance(x, jax.Array) else np.asarray(x)
-           for name, x in leaves.items()}
+    alone = not jax.distributed.is_initialized()
+    held = lambda x: isinstance(x, jax.Array) and (alone or not x.is_fully_addressable) # else every process has the same numbers
+    raw = {name: jax.random.key_data(x) if is_key(x) else x for name, x in leaves.items()}
+    raw = {name: x if held(x) else np.asarray(x) for name, x in raw.items()}
     return {name: x for name, x in raw.items() if x.size}
 
 # %% ../nbs/01_runs.ipynb #19acb7a7

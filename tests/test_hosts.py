@@ -1,5 +1,5 @@
 "Two processes on one machine are two hosts: they train to the numbers of one, save one checkpoint together, and one can go on alone."
-import json, os, socket, subprocess, sys
+import json, os, shutil, socket, subprocess, sys
 from pathlib import Path
 import numpy as np, pytest
 from rlhf_lab.runs import Run
@@ -65,3 +65,26 @@ def test_more_devices_or_processes_train_to_the_same_numbers(toy, tmp_path, proc
         alike(tmp_path/'one'/name, tmp_path/'many'/name, steps)
         assert json.loads((tmp_path/'many'/name/'config.json').read_text())['mesh'] == mesh
         assert (tmp_path/'many'/name/'model/model.safetensors').exists()
+
+@pytest.mark.slow
+@pytest.mark.parametrize('before, after', [(2, 1), (1, 2)])
+def test_another_number_of_processes_can_go_on(toy, tmp_path, before, after):
+    "All is saved after steps 2 and 4; without the last checkpoint, a resumed run lives through steps 3 and 4 again."
+    finish(start(stages(tmp_path, toy, 'sft'), before))
+    out = tmp_path/'sft'
+    seen = Run(out).metrics()
+    assert [f.name for f in Run(out).checkpoints()] == ['2', '4'] and len(seen) == 4
+    shutil.rmtree(out/'checkpoints/4')
+    finish(start(stages(tmp_path, toy, 'sft', resume=True), after))
+    assert [f.name for f in Run(out).checkpoints()] == ['2', '4']
+    for one, two in zip(seen, Run(out).metrics(), strict=True):
+        for name in one: assert one[name] == pytest.approx(two[name], rel=1e-3, abs=2e-5), (name, one['step'])
+
+@pytest.mark.slow
+def test_what_stops_the_first_process_stops_all(toy, tmp_path):
+    settings = stages(tmp_path, toy, 'sft')
+    Path(settings['sft']['out']).mkdir()
+    (tmp_path/'sft/metrics.jsonl').write_text('')
+    both = start(settings, 2)
+    said = [p.communicate(timeout=300)[1] for p in both]
+    assert all(p.returncode for p in both) and 'already holds a run' in said[0] and 'the first process has failed' in said[1], said
