@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['verbs', 'Verb', 'usage', 'find', 'CheckConfig', 'check', 'ShowConfig', 'show', 'ExamineConfig', 'examine',
            'ChatConfig', 'GenerateConfig', 'answer', 'open_model', 'write', 'chat', 'AppConfig', 'launch', 'EnvConfig',
-           'env', 'keep_programs', 'complaint', 'dispatch', 'main']
+           'env', 'keep_programs', 'complaint', 'meet', 'dispatch', 'main']
 
 # %% ../nbs/68_cli.ipynb #d22bd393
 import contextlib, dataclasses, errno, importlib, io, os, sys
@@ -53,6 +53,8 @@ verbs = {
     'feedback withdraw': Verb('take a judgement back', 'rlhf_lab.clerk:FeedbackWithdrawConfig', 'rlhf_lab.clerk:withdraw', False),
     'feedback erase': Verb('forget what somebody said, for good', 'rlhf_lab.clerk:FeedbackEraseConfig', 'rlhf_lab.clerk:forget', False),
     'feedback backup': Verb('a copy of the store, while it is used', 'rlhf_lab.clerk:FeedbackBackupConfig', 'rlhf_lab.clerk:save', False),
+    'doctor': Verb('what this machine has, whether a run fits, and how long it takes', 'rlhf_lab.machine:MachineConfig',
+                   'rlhf_lab.machine:tell_machine', False),
     'env': Verb('versions, devices, settings: for a report', 'rlhf_lab.cli:EnvConfig', 'rlhf_lab.cli:env', False),
 }
 
@@ -227,6 +229,12 @@ def complaint(error: Exception) -> str:
         return f'{error.filename or "the disk"}: no space is left; make room and go on with --resume'
     return f'{type(error).__name__}: {words[:400]} (unexpected; --debug shows where)'
 
+def meet():
+    "Find the other processes of this run, if it has any; all but the first are silent."
+    from rlhf_lab.mesh import join_hosts
+    from rlhf_lab.runs import leads
+    if join_hosts() and not leads(): sys.stdout = open(os.devnull, 'w')
+
 def dispatch(args: list[str]):
     "Find the verb, fill its config, run it."
     if not args or args[0] in ('-h', '--help', 'help'): print(usage()); return 0 if args else 2
@@ -235,6 +243,7 @@ def dispatch(args: list[str]):
         print(__version__); return 0
     name = next((name for name in verbs if name.split() == args[:len(name.split())]), None)
     if not name: unknown('verb', ' '.join(args[:2] if args[0] in ('data', 'feedback') else args[:1]), list(verbs))
+    if {'RLHF_LAB_COORDINATOR', 'SLURM_NTASKS', 'OMPI_COMM_WORLD_SIZE'} & {*os.environ}: meet()
     verb, config = verbs[name], find(verbs[name].config)
     config, origins = parse(name, config, args[len(name.split()):])
     if verb.tells: print(resolved(name, config, origins), flush=True)
@@ -257,5 +266,7 @@ def main(
         return 1
     except Exception as e:
         if debug: import traceback; traceback.print_exc()
-        print(f'error: {complaint(e)}', file=sys.stderr)
-        return getattr(e, 'exit_code', 1)
+        print(f'error: {complaint(e)}', file=sys.stderr, flush=True)
+        code = getattr(e, 'exit_code', 1)
+        if 'jax' in sys.modules and sys.modules['jax'].distributed.is_initialized(): os._exit(code) # the others would wait for us
+        return code

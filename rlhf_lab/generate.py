@@ -10,6 +10,7 @@ __all__ = ['truncate', 'pick', 'draws', 'prefill', 'empty_cache', 'decode', 'gen
 import functools, jax, jax.numpy as jnp, numpy as np
 from flax import nnx
 from .core import Array, Float, Int, LabError, Rollout
+from .mesh import place, spread, under, whole
 from .model import Transformer, causal_mask, cut, join, read, row_positions
 
 # %% ../nbs/23_generate.ipynb #21d17a3c
@@ -91,12 +92,12 @@ def decode(
     return model.logits(model.norm(x[:, 0])), kept, below
 
 # %% ../nbs/23_generate.ipynb #152685d7
-@functools.partial(jax.jit, static_argnames=('graph', 'shared', 'n', 'new', 'top_k', 'top_p', 'min_p', 'greedy', 'stop'))
-def _generate(graph, state, tokens, lengths, rows, key, temperature, shared, n, new, top_k, top_p, min_p, greedy, stop):
+@functools.partial(jax.jit, static_argnames=('graph', 'mesh', 'shared', 'n', 'new', 'top_k', 'top_p', 'min_p', 'greedy', 'stop'))
+def _generate(graph, state, mesh, tokens, lengths, rows, key, temperature, shared, n, new, top_k, top_p, min_p, greedy, stop):
     model = nnx.merge(graph, state)
     logits, memory, below = prefill(model, tokens, lengths, shared)
     tokens, lengths, logits, below = (jnp.repeat(x, n, axis=0) for x in (tokens, lengths, logits, below))
-    cache = empty_cache(model, len(tokens), new, memory[0][0][0].dtype)
+    cache = place(empty_cache(model, len(tokens), new, memory[0][0][0].dtype), mesh, 'cache')
     stops, every = jnp.array(stop or (-1,)), jnp.arange(len(tokens))
     room = lambda x: jnp.pad(x, ((0, 0), (0, new), *((0, 0),)*(x.ndim - 2)))
     tokens, below = room(tokens), room(below.astype(model.dtype)) if model.split else None
@@ -148,8 +149,10 @@ def generate(
     padded = np.zeros((len(prompts), min(-(-longest//width)*width, limit - max_new_tokens)), np.int32)
     for row, prompt in zip(padded, prompts): row[:len(prompt)] = prompt
     rows = jnp.arange(n*len(prompts)) if rows is None else jnp.asarray(rows)
-    return _generate(*nnx.split(model), padded, np.array(list(map(len, prompts))), rows, key, temperature or 1., shared, n, max_new_tokens,
-        top_k, top_p, min_p, not temperature, tuple(stop))
+    graph, state = nnx.split(model)
+    padded, lengths, rows, key = (spread(x, state) for x in (padded, np.array(list(map(len, prompts))), rows, key))
+    return whole(_generate(graph, state, under(state), padded, lengths, rows, key, temperature or 1., shared, n, max_new_tokens,
+        top_k, top_p, min_p, not temperature, tuple(stop)))
 
 def check_sampling(max_new_tokens: int, temperature: float, top_k: int, top_p: float, min_p: float):
     "Raises LabError where a setting cannot be sampled with."

@@ -18,6 +18,7 @@ from .dpo import (add_tokens, alpha_divergence, apo_down, apo_zero, balance, bco
     sppo_hard, with_mismatches)
 from .judgements import as_pairs, as_thumbs
 from .lora import drop_lora, merge_lora
+from .mesh import spread
 from .model import Transformer, score_tokens
 from .runs import Run
 from .sft import prepare_rows
@@ -89,7 +90,7 @@ def dpo_facts(config: DPOConfig, policy, pairs, known: dict = None) -> dict:
         chosen, rejected = jnp.split(add_tokens(score_tokens(reference, sides.replace(below=below))[0], sides.mask), 2)
         halves = jnp.split(below, 2)
         return {'ref_chosen': chosen, 'ref_rejected': rejected} | ({'chosen.below': halves[0], 'rejected.below': halves[1]} if keep else {})
-    return remember(functools.partial(facts, state), pairs, config.batch_size, known)
+    return remember(functools.partial(facts, state), pairs, config.batch_size, known, state)
 
 def check_start(measured: dict, precision: str):
     "Raises LabError when policy and reference differ before the first update."
@@ -136,7 +137,7 @@ class MovingReference:
 
     def answer(self, pairs: Pairs) -> Pairs:
         "The pairs, with what the reference of this moment thinks of them."
-        return self.ask(self.reference, pairs) if self.moved else pairs
+        return self.ask(self.reference, spread(pairs, self.reference)) if self.moved else pairs
 
 # %% ../nbs/38_prefer.ipynb #8b3d48ba
 def learn(
@@ -196,7 +197,7 @@ def report_pairs(config: DPOConfig, policy, pairs, loss):
     "Say how often the implicit reward is right on held-out pairs."
     graph, state = nnx.split(policy)
     ask = jax.jit(lambda state, batch: loss(nnx.merge(graph, state), batch)[2]['rewards/accuracies'])
-    found = [ask(state, batch) for batch in Batches(pairs, config.batch_size, drop_last=False, extras=dpo_facts(config, policy, pairs))]
+    found = [ask(state, spread(batch, state)) for batch in Batches(pairs, config.batch_size, drop_last=False, extras=dpo_facts(config, policy, pairs))]
     print(f'held-out accuracy of the implicit reward: {float(sum(a for a, _ in found)/sum(b for _, b in found)):.3f}')
 
 # %% ../nbs/38_prefer.ipynb #5a1ac5cc
@@ -226,7 +227,7 @@ def thumbs_maker(policy: Transformer): # (batch, labels, which rows are there) â
         if not policy.split: return thumbs
         lower = lambda rows: rows.replace(below=reference.below(rows).astype(reference.dtype))
         return thumbs.replace(batch=lower(thumbs.batch), mismatched=lower(thumbs.mismatched))
-    return functools.partial(make, state)
+    return lambda *batch: make(state, *spread(batch, state))
 
 # %% ../nbs/38_prefer.ipynb #7b8f5fda
 def train_kto(config: KTOConfig):

@@ -7,7 +7,7 @@ __all__ = ['plot_metrics', 'minutes', 'numbers', 'plain_line', 'live_plot', 'pro
 
 # %% ../nbs/06_progress.ipynb #1a7fbfdb
 import math, sys, time
-from .runs import Run, setting
+from .runs import Run, leads, setting
 
 # %% ../nbs/06_progress.ipynb #d7de3fe8
 def plot_metrics(
@@ -73,6 +73,7 @@ def progress(
 ):
     "Pass the items on and tell how far it is: a bar on a terminal, a plot in a notebook, plain lines elsewhere."
     total = total or (len(iterable) if hasattr(iterable, '__len__') else None)
+    if not leads(): yield from iterable; return
     if sys.stderr.isatty():
         from tqdm import tqdm
         with tqdm(iterable, label, total, dynamic_ncols=True) as bar:

@@ -18,12 +18,14 @@ from .choices import bradley_terry, rao_kupper
 from .core import Array, Batch, CheckpointError, DataError, Float, Pairs, UsageError, both, masked_mean
 from .data import Batches, load_rows, prompt_text, tokenize_rows
 from .lora import HeadParam, add_head, add_lora, on_trunk, share
+from .mesh import on_mesh, spread, under, whole
 from .model import Transformer
-from .runs import Run, plain
+from .runs import Run, leads, plain
 from .sft import prepare_rows
 from .stats import brier, cross_fit, ece, fit_temperature, interval, log_loss, reliability_plot, sigmoid, symmetrise
 
-from .train import TrainConfig, adamw, init_state, known_states, lower_states, make_step, remember, save_role, train
+from rlhf_lab.train import (TrainConfig, adamw, collected, devices_of, init_state, known_states, lower_states, make_step, remember, save_role,
+    train)
 from .weights import load_model
 
 # %% ../nbs/32_reward.ipynb #df064375
@@ -132,14 +134,14 @@ POOLS = dict(mean=mean_token, last=last_token)
 
 def fresh_judge(config: RewardConfig, key: Array) -> tuple: # And its tokenizer
     "What a run starts from: the trunk as far as it is used, with adapters if they are to learn, and a random head."
-    keys = jax.random.split(key)
+    keys, mesh = jax.random.split(key), devices_of(config)
     model, tokenizer = load_model(config.model, 'float32' if config.tune == 'all' else config.precision, config.precision)
     model.remat = config.remat
     if config.layers: model = first_layers(model, config.layers)
     if config.rank: model = add_lora(model, key=keys[0], rank=config.rank, alpha=config.alpha, top=config.top_layers or None)
     judge = add_head(model, key=keys[1])
     if config.tune == 'head': judge.split = len(judge.layers)
-    return judge, tokenizer
+    return on_mesh(judge, mesh), tokenizer
 
 # %% ../nbs/32_reward.ipynb #d71942e5
 def pair_facts(rows: list[dict]) -> dict: # The `extras` of pairs
@@ -171,7 +173,7 @@ def ask_judge(graph, pool, state, batch): return score(nnx.merge(graph, state), 
 def reward_margins(model, batches, pool) -> tuple: # Margins and rewards of both sides, empty rows left out
     "The judge's opinion on pairs, in the order of the batches."
     graph, state = nnx.split(model)
-    found = [np.asarray(ask_judge(graph, pool, state, both(pairs))).reshape(2, -1)[:, np.asarray(pairs.weight) > 0] for pairs in batches]
+    found = [np.asarray(whole(ask_judge(graph, pool, state, spread(both(pairs), state)))).reshape(2, -1)[:, np.asarray(pairs.weight) > 0] for pairs in batches]
     sides = np.concatenate(found, axis=1)
     return sides[0] - sides[1], sides
 
@@ -190,12 +192,13 @@ def reward_facts(config: RewardConfig, judge, pairs, known: dict) -> tuple: # `e
     states = [[], []]
     def facts(batch):
         known, pooled = look(state, batch)
-        for side, x in zip(states, pooled): side.append(np.asarray(x)[np.asarray(batch.weight) > 0])
+        pooled, there = whole((pooled, batch.weight))
+        for side, x in zip(states, pooled): side.append(np.asarray(x)[np.asarray(there) > 0])
         return known
-    extras = remember(facts, pairs, config.batch_size, known)
+    extras = remember(facts, pairs, config.batch_size, known, state)
     some = np.random.default_rng(config.member).integers(0, len(pairs), len(pairs)) if config.member else slice(None) # further members see a resample
     if config.probe: judge.head.weight[...] = jnp.asarray(fit_probe(*(np.concatenate(side)[some] for side in states)), judge.head.weight.dtype)
-    return extras, judge
+    return extras, on_mesh(judge, under(state))
 
 # %% ../nbs/32_reward.ipynb #fc777512
 def reference_batches(config: RewardConfig, tokenizer, examples, pairs, known: dict):
@@ -249,7 +252,7 @@ def report_margins(folder: Path, margins) -> dict:
     found = calibration(margins)
     chance = np.exp(-np.logaddexp(0, np.concatenate([-margins, margins])/found['temperature']))
     axes = reliability_plot(chance, np.repeat([1., 0.], len(margins)))
-    axes.figure.savefig(folder/'calibration.png', dpi=120, bbox_inches='tight')
+    if leads(): axes.figure.savefig(folder/'calibration.png', dpi=120, bbox_inches='tight')
     print(f'held-out accuracy {found["accuracy"]:.3f} [{found["accuracy_low"]:.3f}, {found["accuracy_high"]:.3f}] on {found["pairs"]} pairs; '
         f'calibration error {found["ece_raw"]:.3f}, after temperature {found["temperature"]:.2f}: {found["ece_calibrated"]:.3f}')
     return found
@@ -259,6 +262,8 @@ def save_judge(judge: Transformer, tokenizer, folder: Path, card: dict):
     "Write a judge: the merged model, its head and what it was made of."
     from safetensors.flax import save_file
     save_role(judge, tokenizer, folder)
+    judge = collected(judge)
+    if not leads(): return
     save_file({'weight': judge.head.weight[...], 'bias': judge.head.bias[...]}, folder/'reward_head.safetensors')
     (folder/'reward.json').write_text(json.dumps(card, indent=1))
 
@@ -282,9 +287,10 @@ def load_judge(
     model, words = load_model(folder/'model', precision)
     if tokenizer and tokenizer.get_vocab() != words.get_vocab(): raise CheckpointError(f'{folder}: this judge reads other tokens than the policy writes: '
         'train it on the same base model')
-    judge = add_head(model if trunk is None else on_trunk(model, trunk), key=jax.random.key(0))
+    mesh = under(nnx.state(trunk)) if trunk else None
+    judge = add_head(model if trunk is None else on_trunk(on_mesh(model, mesh), trunk), key=jax.random.key(0))
     judge.head.weight[...], judge.head.bias[...] = head['weight'], head['bias']
-    return judge, POOLS[card['pool']]
+    return on_mesh(judge, mesh), POOLS[card['pool']]
 
 def model_reward(judge: Transformer, pool, batch_size: int = 64): # rollout → scores [B]
     "A reward model as the reward. With a `split`, it goes on from the rollout's states below it."
@@ -292,7 +298,7 @@ def model_reward(judge: Transformer, pool, batch_size: int = 64): # rollout → 
     def judged(rollout):
         batch = Batch(rollout.tokens, rollout.mask, below=rollout.below if judge.split else None, shared=rollout.shared)
         parts = [jax.tree.map(lambda x: x[i:i + batch_size], batch) for i in range(0, len(rollout.tokens), batch_size)]
-        return np.concatenate([np.asarray(ask_judge(graph, pool, state, part)) for part in parts])
+        return np.concatenate([np.asarray(whole(ask_judge(graph, pool, state, spread(part, state)))) for part in parts])
     return judged
 
 # %% ../nbs/32_reward.ipynb #2f81fa5d
