@@ -152,7 +152,7 @@ def test_two_people_label_by_keys_alone_and_never_the_same(browser, address, sto
         page = browser.new_context(viewport=dict(width=1100, height=900)).new_page()
         page.errors = []
         page.on('pageerror', lambda error, page=page: page.errors.append(str(error)))
-        page.set_default_timeout(10_000)
+        page.set_default_timeout(30_000)
         page.goto(address); page.wait_for_selector('#agree')
         page.click('#agree'); page.wait_for_selector('#notice', state='hidden')
         page.get_by_role('tab', name='Label', exact=True).focus(); page.keyboard.press('Enter') # from here on, keys alone
@@ -168,6 +168,7 @@ def test_two_people_label_by_keys_alone_and_never_the_same(browser, address, sto
     one.keyboard.press('ArrowLeft'); status(one, 'Saved'); asks(one, 'answer 0 of rank')
     two.keyboard.press('3'); status(two, 'Saved'); asks(two, 'end of the answer')
     assert two.locator('#label-question').locator('img, script, svg, iframe, form, video, audio, style, a, base, meta, h1, details, pre').count() == 0
+    one.wait_for_selector('#label-order'); two.wait_for_selector('#label-aspect-2')
     for key in '21': one.keyboard.press(key)
     one.keyboard.press('Enter'); status(one, 'each once') # C is missing
     one.keyboard.press('3'); one.keyboard.press('Enter'); status(one, 'Saved')
