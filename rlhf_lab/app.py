@@ -139,7 +139,7 @@ new MutationObserver(() => { // a tab is made when it is first opened
 def theme():
     "Colours and fonts that are already on the machine of the visitor."
     colours = dict(body_background_fill=('#f6f4f0', '#141619'), block_background_fill=('#ffffff', '#1d2025'),
-        input_background_fill=('#faf9f7', '#15171a'), button_primary_background_fill=('#3b4350', '#4c5666'))
+        input_background_fill=('#faf9f7', '#15171a'), body_text_color_subdued=('#62656b', '#a5a9b0'), button_primary_background_fill=('#3b4350', '#4c5666'))
     return gr.themes.Base(primary_hue='slate', neutral_hue='stone', radius_size='lg', font=['system-ui', 'sans-serif'],
         font_mono=['ui-monospace', 'monospace']).set(**{name + dark: colour for name, pair in colours.items()
             for dark, colour in zip(('', '_dark'), pair)})
