@@ -190,7 +190,7 @@ class Keeper:
 
 def guideline_shown(store: Feedback) -> str:
     rules = guidelines(store)[-1]
-    return f'<div class="board"><p class="quote">{inert(rules.text)}</p><p class="hint">Version {rules.version}; it is stored with each judgement.</p></div>'
+    return f'<div class="board"><p class="quote">{inert(rules.text.replace("**", ""))}</p><p class="hint">Version {rules.version}; it is stored with each judgement.</p></div>'
 
 # %% ../nbs/60_label.ipynb #3dda9217
 LABEL_KEYS = '''<script>
@@ -201,7 +201,7 @@ const look = step => {
     const now = document.querySelector('#label-question .question')?.innerText, rows = aspects();
     if (now !== question) { question = now; aspect = 0; }
     aspect = Math.min(Math.max(aspect + step, 0), Math.max(rows.length - 1, 0));
-    rows.forEach((row, i) => { row.style.outline = i === aspect ? '2px solid currentColor' : ''; });
+    rows.forEach((row, i) => { row.style.outline = i === aspect ? '2px solid currentColor' : ''; row.style.outlineOffset = '-2px'; });
     return rows[aspect];
 };
 document.addEventListener('keydown', event => {
