@@ -17,6 +17,8 @@ from .core import LabError
 from .curves import training_tab
 from .feedback import Feedback
 from .inside import Inside, inside_tab
+from .label import LABEL_KEYS, label_tab
+from .models import models_tab
 from .runs import setting
 from .votes import NOTICE, Archive, about_tab, agree, local, standing, votes_tab
 
@@ -137,7 +139,7 @@ new MutationObserver(() => { // a tab is made when it is first opened
 def theme():
     "Colours and fonts that are already on the machine of the visitor."
     colours = dict(body_background_fill=('#f6f4f0', '#141619'), block_background_fill=('#ffffff', '#1d2025'),
-        input_background_fill=('#faf9f7', '#15171a'), button_primary_background_fill=('#3b4350', '#4c5666'))
+        input_background_fill=('#faf9f7', '#15171a'), body_text_color_subdued=('#62656b', '#a5a9b0'), button_primary_background_fill=('#3b4350', '#4c5666'))
     return gr.themes.Base(primary_hue='slate', neutral_hue='stone', radius_size='lg', font=['system-ui', 'sans-serif'],
         font_mono=['ui-monospace', 'monospace']).set(**{name + dark: colour for name, pair in colours.items()
             for dark, colour in zip(('', '_dark'), pair)})
@@ -171,9 +173,11 @@ def page(models, store: Feedback) -> gr.Blocks:
         with gr.Tabs(elem_id='tabs') as tabs:
             with gr.Tab('Chat', id='chat'): prompt, parts, watch, judged = chat_tab(desk, ids, who)
             with gr.Tab('Arena', id='arena') as arena_place: table = arena_tab(arena, who, EXAMPLES)
+            with gr.Tab('Label', id='label') as label_place: label_tab(store, models, label_place, who)
             with gr.Tab('Feedback', id='feedback') as votes_place: votes_tab(archive, votes_place, who)
             with gr.Tab('X-ray', id='xray'): fields = inside_tab(inside, ids, who)
             with gr.Tab('Training', id='training') as training_place: training_tab(folder, training_place)
+            with gr.Tab('Models', id='models') as models_place: models_tab(models, store, models_place)
             with gr.Tab('About & privacy', id='about'): agreed = about_tab(store, who, notice)
         for scope, button in agreeing.items():
             button.click(lambda scope=scope: agree(store, scope), None, [who, notice, agreed], **AT_ONCE)
@@ -212,7 +216,7 @@ def build(
     store = store or Feedback(setting('app', 'feedback', 'data/feedback.db'))
     closed = dict(docs_url=None, redoc_url=None, openapi_url=None)
     app, demo = Shielded(title='rlhf_lab', **closed), page(models, store)
-    gr.mount_gradio_app(app, demo, path='/', app_kwargs=closed, theme=theme(), css=CSS, head=KEYS, ssr_mode=False,
+    gr.mount_gradio_app(app, demo, path='/', app_kwargs=closed, theme=theme(), css=CSS, head=KEYS + LABEL_KEYS, ssr_mode=False,
         show_error=False, footer_links=[], run_history=False, enable_monitoring=False, allowed_paths=[],
         blocked_paths=[str(store.path.parent.resolve())] if store.path else [], max_file_size='2mb')
     return app, demo

@@ -45,6 +45,8 @@ verbs = {
     'generate': Verb('one answer to one prompt', 'rlhf_lab.cli:GenerateConfig', 'rlhf_lab.cli:write', False),
     'chat': Verb('talk with a model in the terminal', 'rlhf_lab.cli:ChatConfig', 'rlhf_lab.cli:chat', False),
     'app': Verb('compare models in the browser and vote', 'rlhf_lab.cli:AppConfig', 'rlhf_lab.cli:launch', False),
+    'label': Verb('questions for the Label tab, out of pairs, answers, prompts or a run', 'rlhf_lab.pool:LabelConfig',
+                  'rlhf_lab.pool:ask_people', False),
     'feedback list': Verb('the newest judgements', 'rlhf_lab.clerk:FeedbackListConfig', 'rlhf_lab.clerk:list_feedback', False),
     'feedback stats': Verb('how many judgements, by whom, and what became of them', 'rlhf_lab.clerk:StoreConfig', 'rlhf_lab.clerk:stats', False),
     'feedback export': Verb('a data set out of the judgements, with card and manifest', 'rlhf_lab.clerk:FeedbackExportConfig',

@@ -1,13 +1,15 @@
 "The app from outside: what it serves, what it refuses, and a person's visit in a real browser."
-import asyncio, json, queue, re, shutil, socket, threading, time
+import asyncio, json, queue, re, shutil, socket, subprocess, tarfile, threading, time
 from pathlib import Path
 import httpx, pytest, sqlalchemy, uvicorn
 from fastapi.testclient import TestClient
 from starlette.routing import Route
 from rlhf_lab import answers as talk, app as lab, chat
 from rlhf_lab.answers import COMMAND, STAGES, inert, within
+from rlhf_lab.asking import add_item
 from rlhf_lab.core import LabError
 from rlhf_lab.feedback import Feedback
+from rlhf_lab.runs import cache_dir
 
 HOSTILE = '''<script>window.ran = 1</script><img src=http://evil.example/a.png onerror="window.ran = 2">
 ![md](http://evil.example/b.png)
@@ -403,8 +405,43 @@ def test_a_vote_goes_through_all_tabs(visit, store, monkeypatch):
     assert store.read('SELECT kind FROM event ORDER BY id DESC LIMIT 1') == [{'kind': 'withdraw'}]
 
     page.set_viewport_size(dict(width=390, height=800))
-    for name in ('Chat', 'Arena', 'Feedback', 'X-ray', 'About & privacy'):
+    for name in TABS:
         more = page.get_by_role('tab', name=name)
         if more.is_visible(): more.click()
         assert page.evaluate('document.documentElement.scrollWidth') <= 390, name
     assert page.evaluate('window.ran') is None
+
+# For everybody: axe-core, as of npm; it is not part of this project
+
+AXE = 'axe-core@4.11.0'
+TABS = 'Chat', 'Arena', 'Label', 'Feedback', 'X-ray', 'Training', 'Models', 'About & privacy'
+
+@pytest.fixture(scope='module')
+def axe(tmp_path_factory):
+    "The script that looks for what keeps people out."
+    folder = cache_dir()/'axe'
+    if not (found := folder/f'{AXE}.js').exists():
+        place = tmp_path_factory.mktemp('axe')
+        try:
+            subprocess.run(['npm', 'pack', AXE, '--silent'], cwd=place, check=True, capture_output=True, timeout=60)
+            script = tarfile.open(next(place.glob('*.tgz'))).extractfile('package/axe.min.js').read()
+        except (OSError, subprocess.SubprocessError, StopIteration, KeyError) as error: pytest.skip(f'{AXE} cannot be had from npm: {error!r:.80}')
+        folder.mkdir(parents=True, exist_ok=True); found.write_bytes(script)
+    return found.read_text(encoding='utf-8')
+
+@pytest.mark.e2e
+def test_u1_no_tab_keeps_anybody_out(visit, store, axe):
+    add_item(store, 'pair', [store.record('Which?', text, model='sft') for text in ('This.', 'That.')])
+    visit.set_viewport_size(dict(width=1600, height=900))
+    visit.evaluate(axe)
+    found = []
+    for scheme in ('light', 'dark'):
+        visit.evaluate('dark => document.body.classList.toggle("dark", dark)', scheme == 'dark')
+        for name in TABS:
+            visit.get_by_role('tab', name=name, exact=True).click()
+            visit.wait_for_function('() => !document.querySelector(".pending")')
+            if name == 'Label': visit.wait_for_selector('#label-question .question')
+            said = visit.evaluate("() => axe.run(document, {resultTypes: ['violations']})")
+            found += [f'{name}, {scheme}: {one["id"]} ({one["impact"]}) {node["target"]} {node["html"][:160]} {node["failureSummary"][:200]}' for one in said['violations']
+                if one['impact'] in ('serious', 'critical') for node in one['nodes']]
+    assert not found, '\n'.join(found)

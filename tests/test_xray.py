@@ -96,3 +96,21 @@ def test_a_visitor_does_not_wait_long_for_a_lesson(name, limit, toy):
         assert said['loss'][-1] < said['loss'][0] and np.abs(said['before']['kl']).max() < 1e-3
     print(name, {key: round(seconds, 2) for key, seconds in took.items()})
     assert max(seconds for (*_, visitor), seconds in took.items() if visitor) < limit
+
+def test_the_critic_of_a_run_is_found_again_and_a_missing_one_is_named(tmp_path, toy):
+    import json
+    from rlhf_lab.inside import earned, open_critic
+    from rlhf_lab.lora import save_adapter
+    from rlhf_lab.practise import load_actor
+    from rlhf_lab.runs import as_dict
+    config = PPOConfig(model='gone since', rank=2, alpha=4., top_layers=1, precision='float32')
+    actor, _ = load_actor(PPOConfig(**{**as_dict(config), 'model': toy}), jax.random.key(3))
+    actor.policy.head.weight[...] = jnp.arange(16.).reshape(actor.policy.head.weight.shape)
+    (tmp_path/'config.json').write_text(json.dumps(as_dict(config)))
+    with pytest.raises(LabError, match='adapter.safetensors'): open_critic(tmp_path, toy)
+    save_adapter(actor.policy, tmp_path/'adapter.safetensors')
+    again, settings = open_critic(tmp_path, toy)
+    seen, _ = earned(again, settings, 1., prompt, answer)
+    assert (again.policy.head.weight[...] == actor.policy.head.weight[...]).all() and np.abs(seen['value']).max() > 0
+    (tmp_path/'config.json').write_text(json.dumps(dict(as_dict(config), separate_critic=True)))
+    with pytest.raises(LabError, match='not kept'): open_critic(tmp_path, toy)
