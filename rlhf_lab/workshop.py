@@ -15,16 +15,17 @@ from .first import FIRST, in_use, toy_folder
 from .runs import setting
 from .votes import in_charge, local
 
-# %% ../nbs/63_workshop.ipynb #9eac3c23
+# %% ../nbs/63_workshop.ipynb #926a8804
 CHAPTERS = 'base', 'sft', 'pairs', 'reward', 'ppo', 'dpo' # as in `stages.json`; then all are compared
 POLITE = 'import os, sys; os.nice(5); from rlhf_lab.cli import main; sys.exit(main())'
 
 def command(folder: Path, kind: str, base: str = '') -> list: # kind: tiny or full
     "What to run."
     words = ['--tiny'] if kind == 'tiny' else ['--model', base] if base else []
-    return [sys.executable, '-c', POLITE, 'quickstart', '--out', str(folder), *words, *(['--resume'] if (folder/'config.json').exists() else [])]
+    if (folder/'config.json').exists(): words.append('--resume')
+    return [sys.executable, '-c', POLITE, 'quickstart', '--out', str(folder), *words]
 
-# %% ../nbs/63_workshop.ipynb #6c9cc02e
+# %% ../nbs/63_workshop.ipynb #111dd2b6
 class Workshop:
     "One training at a time, whoever started it."
     def __init__(self,
@@ -53,11 +54,13 @@ class Workshop:
             if (folder/'table.json').is_file(): raise LabError(f'{folder.name} is finished: move that folder away to train it anew')
             self.kind, self.asked = kind, False
             home = os.pathsep.join(filter(None, [str(FIRST.parent.parent), os.environ.get('PYTHONPATH', '')]))
-            env = dict(os.environ, PYTHONPATH=home, PYTHONUNBUFFERED='1', RLHF_LAB_PROGRESS_SECONDS='2', XLA_PYTHON_CLIENT_PREALLOCATE='false')
+            env = dict(os.environ, PYTHONPATH=home, PYTHONUNBUFFERED='1', RLHF_LAB_PROGRESS_SECONDS='2',
+                XLA_PYTHON_CLIENT_PREALLOCATE='false') # the app may hold models on the same accelerator
             try:
                 folder.parent.mkdir(parents=True, exist_ok=True)
                 with open(self.log(), 'wb') as log:
-                    self.process = subprocess.Popen(self.command(folder, kind, self.base), stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=env)
+                    self.process = subprocess.Popen(self.command(folder, kind, self.base), env=env, stdin=subprocess.DEVNULL,
+                        stdout=log, stderr=subprocess.STDOUT)
             except OSError as error: raise LabError(f'cannot train in {folder.name}: {error.strerror}') from None
 
     def stop(self):
@@ -65,11 +68,12 @@ class Workshop:
         with self.one:
             busy = self.running()
             if not busy: raise LabError('nothing is being trained')
-            if self.process is None or self.process.poll() is not None: raise LabError(f'process {busy} was not started here: stop it where it was started')
+            if self.process is None or self.process.poll() is not None:
+                raise LabError(f'process {busy} was not started here: stop it where it was started')
             self.process.send_signal(signal.SIGKILL if self.asked else signal.SIGTERM)
             self.asked = True
 
-# %% ../nbs/63_workshop.ipynb #5fe619e5
+# %% ../nbs/63_workshop.ipynb #60d09189
 def last_line(file: Path, most: int = 300) -> str:
     "The last thing that a training said."
     try:
@@ -93,12 +97,13 @@ def how_far(shop: Workshop) -> str:
     finished = (folder/'table.json').is_file()
     if not (busy or done or finished or shop.process): return message('Nothing has been trained here yet.')
     if busy: head = f'Training {folder.name}' + (', stopping after this step; Stop again ends it at once' if shop.asked else '')
-    elif finished: head = f'{folder.name} is finished: its models answer' + (' until the real ones are trained' if shop.kind == 'tiny' else '')
-    else: head = f'{folder.name} was stopped; Train goes on with it' if shop.asked or not shop.process else f'{folder.name} broke off; Train goes on with it'
+    elif finished: head = f'{folder.name} is finished: its models answer' + ' until the real ones are trained'*(shop.kind == 'tiny')
+    else: head = f'{folder.name} {"was stopped" if shop.asked or not shop.process else "broke off"}; Train goes on with it'
     steps = ' → '.join(f'{name} ✓' if name in done else name for name in (*CHAPTERS, 'comparison'))
-    return f'<div class="message">{inert(head)}.<p class="hint">{inert(steps)}</p>' + (f'<p class="quote">{inert(said)}</p>' if said and not finished else '') + '</div>'
+    quote = f'<p class="quote">{inert(said)}</p>' if said and not finished else ''
+    return f'<div class="message">{inert(head)}.<p class="hint">{inert(steps)}</p>{quote}</div>'
 
-# %% ../nbs/63_workshop.ipynb #6a3ab257
+# %% ../nbs/63_workshop.ipynb #c2badbbc
 def train_here(shop: Workshop) -> tuple: # What tells how far it is, and the components that it fills
     "The panel in the training tab."
     def look(): # Status, whether to look again, Stop
@@ -113,11 +118,13 @@ def train_here(shop: Workshop) -> tuple: # What tells how far it is, and the com
     def begin(kind, token, request: gr.Request): return attempt(lambda: shop.start(kind), token, request)
     def end(token, request: gr.Request): return attempt(shop.stop, token, request)
     with gr.Accordion('Train here', open=True, elem_id='train-here'):
-        kind = gr.Radio([('A toy: some minutes, nothing to download', 'tiny'), ('The real models: some twenty minutes on two cores, 3 GB of disk', 'full')],
+        kind = gr.Radio([('A toy: some minutes, nothing to download', 'tiny'),
+            ('The real models: some twenty minutes on two cores, 2 GB of disk', 'full')],
             value='full', label='What', container=False, elem_id='train-kind')
         with gr.Row(elem_classes=['actions']):
             train, stop = gr.Button('Train', variant='primary', elem_id='train'), gr.Button('Stop', elem_id='train-stop', interactive=False)
-            token = gr.Textbox(label='Admin token', type='password', elem_id='train-token', visible=not local(setting('app', 'host', '127.0.0.1')))
+            token = gr.Textbox(label='Admin token', type='password', elem_id='train-token',
+                visible=not local(setting('app', 'host', '127.0.0.1')))
         status = markdown('', elem_id='train-status', elem_classes=['status'])
     timer = gr.Timer(2, active=False)
     train.click(begin, [kind, token], [status, timer, stop], **AT_ONCE)
