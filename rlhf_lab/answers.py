@@ -33,6 +33,7 @@ class Models:
     def found(self) -> Path:
         "Where the base model is: the network is asked once at most."
         from rlhf_lab.weights import find_model
+        if (self.folder/'base'/'config.json').is_file(): return self.folder/'base' # a toy brings its own
         return find_model(self.base) if self.base else find_model()
 
     def missing(self, stage: str) -> str: # Empty: it is there

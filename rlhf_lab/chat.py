@@ -19,7 +19,7 @@ from .feedback import Feedback
 def card(stage: str, answer: Answer) -> str:
     "One column as a single line of HTML."
     title, what = STAGES[stage]
-    finish = {'stop': 'ended', 'length': 'cut at the limit', 'stopped': 'stopped'}.get(answer.finish, 'writing')
+    finish = {'stop': 'ended', 'length': 'cut at the limit', 'stopped': 'stopped'}.get(answer.finish, inert(answer.finish) or 'writing')
     nothing = '(the model ended immediately)' if answer.finish == 'stop' else '(nothing yet)'
     text = f'<div class="text" dir="auto">{inert(answer.text.strip()) or nothing}</div>'
     wrong = f'<p class="wrong" role="alert">{inert(answer.note)}</p>'

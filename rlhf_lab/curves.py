@@ -9,7 +9,7 @@ __all__ = ['INK', 'LINE', 'PALETTE', 'FIRST', 'picture', 'figure', 'scaled', 'cu
 # %% ../nbs/58_curves.ipynb #ac60affc
 import base64, html, json, math, gradio as gr
 from pathlib import Path
-from .answers import grid, inert, message
+from .answers import COMMAND, grid, inert, message
 from .chat import AT_ONCE, markdown
 from .core import LabError
 from .runs import Run, read_metrics
@@ -114,10 +114,10 @@ def results(folder) -> str:
     cells = [[figure(row[name]) if isinstance(row.get(name), float|int) else row.get(name) or '–' for name in titles] for row in rows]
     return f'<div class="frontier"><h3>Frontier</h3>{frontier(rows)}{grid(list(titles.values()), cells)}</div>'
 
-def lineages(folder) -> str:
+def lineages(*folders) -> str:
     "From votes to models, for every loop that there is, as a single line of HTML."
     found = ''
-    for place in places(folder):
+    for place in dict.fromkeys(place for folder in folders for place in places(folder)):
         rows = read_json(place/'lineage.json')
         if not isinstance(rows, list): continue
         lines = [[row['round'], f'{row["votes"]} ({row["new_votes"]} new)', row['version'], row['run'], row['weights_sha256'][:12], row['against'],
@@ -126,13 +126,18 @@ def lineages(folder) -> str:
     return found and f'<div class="lineage">{found}</div>'
 
 # %% ../nbs/58_curves.ipynb #dbbb9e46
-def training_tab(folder, tab):
+def training_tab(
+    folders, # () → whose runs are shown; the first is the served one
+    tab,
+):
     "The components of the training tab, and what happens when they are touched."
     def show(name, request: gr.Request) -> tuple: # Runs, curves, frontier and lineage
-        runs = find_runs(folder)
+        served, *others = folders()
+        runs = find_runs(served)
+        for folder in others: runs |= find_runs(folder)
         name = name if name in runs else next(iter(runs), None)
-        nothing = message(f'No run in {Path(folder).name} has metrics yet: `make quickstart` makes some.')
-        return gr.update(choices=list(runs), value=name), run_shown(runs[name]) if name else nothing, results(folder) + lineages(folder)
+        nothing = message(f'No run in {Path(served).name} has metrics yet: {COMMAND} makes some.')
+        return gr.update(choices=list(runs), value=name), run_shown(runs[name]) if name else nothing, results(served) + lineages(served, *others)
     with gr.Row(elem_classes=['actions']):
         run = gr.Dropdown([], label='Run', elem_id='run')
         again, follow = gr.Button('Refresh', elem_id='refresh'), gr.Checkbox(False, label='Follow, every 3 seconds', elem_id='follow')

@@ -324,7 +324,7 @@ def quickstart(config: QuickstartConfig) -> list[dict]: # The rows of `table.jso
         prompts = [row['prompt'] for row in (rows[::-1]*9)[:config.pairs]]
         write_rows(files['written'], rows)
         write_rows(files['asked'], [dict(prompt=row['prompt']) for row in rows])
-        part = lambda name, data, model: replace(getattr(config, name), out=str(folder/name), model=model, data=str(files[data]), seed=config.seed)
+        part = lambda name, data, model: replace(getattr(config, name), out=str(folder/name), model=model, data=str(files[data]), seed=config.seed, resume=config.resume)
         stages.do('sft', lambda: train_sft(part('sft', 'written', base)))
         states = {}
         stages.do('pairs', lambda: states.update(sample_pairs(config, prompts, gold, files['pairs'], models['sft'])))

@@ -1,5 +1,5 @@
 "The app from outside: what it serves, what it refuses, and a person's visit in a real browser."
-import asyncio, json, queue, re, shutil, socket, subprocess, tarfile, threading, time
+import asyncio, contextlib, json, queue, re, shutil, socket, subprocess, sys, tarfile, threading, time
 from pathlib import Path
 import httpx, pytest, sqlalchemy, uvicorn
 from fastapi.testclient import TestClient
@@ -9,7 +9,9 @@ from rlhf_lab.answers import COMMAND, STAGES, inert, within
 from rlhf_lab.asking import add_item
 from rlhf_lab.core import LabError
 from rlhf_lab.feedback import Feedback
+from rlhf_lab.first import Served
 from rlhf_lab.runs import cache_dir
+from rlhf_lab.workshop import Workshop
 
 HOSTILE = '''<script>window.ran = 1</script><img src=http://evil.example/a.png onerror="window.ran = 2">
 ![md](http://evil.example/b.png)
@@ -265,14 +267,18 @@ def test_sharing_is_refused_and_a_taken_port_named(monkeypatch, capsys):
 
 # A visit
 
-@pytest.fixture(scope='module')
-def address(app):
+@contextlib.contextmanager
+def listening(app):
     with socket.create_server(('127.0.0.1', 0)) as free: port = free.getsockname()[1]
     server = uvicorn.Server(uvicorn.Config(app, host='127.0.0.1', port=port, log_level='error'))
     thread = threading.Thread(target=server.run, daemon=True); thread.start()
     while not server.started: time.sleep(.05)
     yield f'http://127.0.0.1:{port}/'
     server.should_exit = server.force_exit = True; thread.join(5)
+
+@pytest.fixture(scope='module')
+def address(app):
+    with listening(app) as address: yield address
 
 @pytest.fixture(scope='module')
 def browser():
@@ -445,3 +451,44 @@ def test_u1_no_tab_keeps_anybody_out(visit, store, axe):
             found += [f'{name}, {scheme}: {one["id"]} ({one["impact"]}) {node["target"]} {node["html"][:160]} {node["failureSummary"][:200]}' for one in said['violations']
                 if one['impact'] in ('serious', 'critical') for node in one['nodes']]
     assert not found, '\n'.join(found)
+
+@pytest.mark.e2e
+def test_a_first_visit_without_checkpoints_base_model_or_network(browser, tmp_path, monkeypatch):
+    work = "import pathlib, sys, time; pathlib.Path(sys.argv[1]).mkdir(); print('PPO 3/10 · 3:54 left', flush=True); time.sleep(60)"
+    shops = []
+    monkeypatch.setattr(lab, 'Workshop', lambda run, base: shops.append(Workshop(run, base, lambda folder, kind, base: [sys.executable, '-c', work, str(folder)])) or shops[-1])
+    app = lab.build(Served(tmp_path/'runs/quickstart', str(tmp_path/'nowhere')), Feedback(tmp_path/'votes.db'))[0]
+    with listening(app) as address:
+        context = browser.new_context(viewport=dict(width=390, height=800)); page = context.new_page()
+        asked = []
+        page.on('request', lambda request: asked.append(request.url)); page.set_default_timeout(20_000)
+        page.goto(address)
+        for stage in STAGES: page.wait_for_selector(f'#answer-{stage} .card.done .text')
+        first = {stage: page.inner_text(f'#answer-{stage} .text') for stage in STAGES}
+        assert len(set(first.values())) == 4 and 'recorded' in page.inner_text('#answer-dpo .facts')
+        line = page.inner_text('#first-line')
+        assert 'seed 0' in line and 'rlhf-lab quickstart' in line and COMMAND in line
+        assert page.evaluate('document.documentElement.scrollWidth') <= 390
+        prompt = page.input_value('#prompt textarea')
+        page.click('#first-next'); page.wait_for_function('was => document.querySelector("#prompt textarea").value != was', arg=prompt)
+        assert page.inner_text('#answer-dpo .text') != first['dpo']
+        page.click('#send'); page.wait_for_selector('#answer-sft .card.failed') # no base model here
+        assert 'nowhere' in page.inner_text('#answer-sft')
+        page.click('#first-next'); page.wait_for_selector('#answer-sft .card.done')
+
+        training = lambda: page.get_by_role('tab', name='Training').click()
+        page.set_viewport_size(dict(width=1280, height=800)); training()
+        page.wait_for_selector('#curves .plot'); page.wait_for_selector('#results .frontier')
+        page.click('#train'); page.locator('#train-status', has_text='3:54 left').wait_for()
+        page.reload(); page.wait_for_selector('#answer-dpo .card.done'); training()
+        page.locator('#train-status', has_text='Training quickstart').wait_for() # it goes on without its page
+        page.click('#train'); page.locator('#train-status', has_text='already').wait_for()
+        page.click('#train-stop'); page.locator('#train-status', has_text='was stopped').wait_for()
+        assert shops[0].process.wait(5) and not [url for url in asked if not url.startswith((address, 'data:', 'blob:'))]
+        context.close()
+
+def test_training_takes_the_token_when_others_can_reach_the_lab(client, monkeypatch, tmp_path):
+    monkeypatch.setattr(Workshop, 'start', lambda self, kind: pytest.fail('it trains'))
+    monkeypatch.setattr(Workshop, 'stop', lambda self: pytest.fail('it stops'))
+    monkeypatch.setenv('RLHF_LAB_HOST', '0.0.0.0'); monkeypatch.setenv('RLHF_LAB_ADMIN', 'right'*6)
+    for one in (('train', 'full', 'guess'), ('train-stop', 'guess')): assert inert('admin token') in call(client, *one).text
