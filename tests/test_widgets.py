@@ -1,5 +1,5 @@
 "The widgets without a browser (messages as a browser sends them), and with one."
-import os, signal, sqlite3, subprocess, sys, threading, time
+import sqlite3, threading, time
 from pathlib import Path
 from types import SimpleNamespace
 import pytest
@@ -51,16 +51,19 @@ def test_a_single_answer_gets_a_thumb(tmp_path):
     LabelWidget(store).press('2')
     assert store.value(name) == 'down'
 
-def test_the_monitor_costs_at_most_a_hundredth_and_draws_four_times_a_second():
+def test_the_monitor_draws_at_most_four_times_a_second_and_waits_a_hundred_times_as_long_as_a_drawing_took():
     drawn, monitor = [], TrainMonitor()
     plain = monitor.draw
-    monitor.draw = lambda: (drawn.append(time.monotonic()), plain())
+    def draw():
+        start = time.monotonic(); plain(); drawn.append((start, time.monotonic(), monitor.due))
+    monitor.draw = draw
     def updates():
-        for n in range(1, 151): time.sleep(.01); yield SimpleNamespace(step=n), {f'm{i}': n*i for i in range(8)}
+        start, n = time.monotonic(), 0
+        while len(drawn) < 3 and time.monotonic() - start < 20: n += 1; time.sleep(.005); yield SimpleNamespace(step=n), {f'm{i}': n*i for i in range(8)}
     for _ in monitor(updates()): pass
-    whole, gaps = monitor.end - monitor.start, [b - a for a, b in zip(drawn, drawn[1:-1])]
-    assert len(drawn) >= 3 and min(gaps) >= .25
-    assert monitor.spent < .02*whole + .05 # the last drawing is not waited for
+    assert len(drawn) >= 3
+    for (start, end, due), (following, _, _) in zip(drawn, drawn[1:-1]): # the last one is the figure that stays
+        assert following >= due and due - start >= .25
 
 def test_pause_waits_for_go_on():
     monitor = TrainMonitor()
@@ -73,7 +76,6 @@ def test_pause_waits_for_go_on():
     assert len(list(watched)) == 2 and time.monotonic() - start > .25
 
 def test_stop_reaches_a_trainer_through_its_folder_and_leaves_nothing_there(tmp_path):
-    class Went(Exception): pass
     run, seen = Run(tmp_path/'run'), []
     with TrainMonitor(tmp_path/'run') as monitor, run:
         for n in progress(range(1, 100), run=run):
@@ -83,6 +85,7 @@ def test_stop_reaches_a_trainer_through_its_folder_and_leaves_nothing_there(tmp_
     assert seen == [1, 2, 3, 4] and len(monitor.rows) == 4
     assert not (tmp_path/'run/stop').exists() and not (tmp_path/'run/pause').exists()
 
+@pytest.mark.slow
 def test_what_a_notebook_keeps_is_static(tmp_path):
     import nbformat
     from nbclient import NotebookClient
