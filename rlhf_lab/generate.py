@@ -10,7 +10,7 @@ __all__ = ['truncate', 'pick', 'draws', 'prefill', 'empty_cache', 'decode', 'gen
 import functools, jax, jax.numpy as jnp, numpy as np
 from flax import nnx
 from .core import Array, Float, Int, LabError, Rollout
-from .mesh import place, spread, under, whole
+from .mesh import place, spread_rows, under, gathered
 from .model import Transformer, causal_mask, cut, join, read, row_positions
 
 # %% ../nbs/23_generate.ipynb #21d17a3c
@@ -150,8 +150,8 @@ def generate(
     for row, prompt in zip(padded, prompts): row[:len(prompt)] = prompt
     rows = jnp.arange(n*len(prompts)) if rows is None else jnp.asarray(rows)
     graph, state = nnx.split(model)
-    padded, lengths, rows, key = (spread(x, state) for x in (padded, np.array(list(map(len, prompts))), rows, key))
-    return whole(_generate(graph, state, under(state), padded, lengths, rows, key, temperature or 1., shared, n, max_new_tokens,
+    padded, lengths, rows, key = (spread_rows(x, state) for x in (padded, np.array(list(map(len, prompts))), rows, key))
+    return gathered(_generate(graph, state, under(state), padded, lengths, rows, key, temperature or 1., shared, n, max_new_tokens,
         top_k, top_p, min_p, not temperature, tuple(stop)))
 
 def check_sampling(max_new_tokens: int, temperature: float, top_k: int, top_p: float, min_p: float):

@@ -15,7 +15,7 @@ from .core import Array, Batch, Bool, Float, LabError, Rollout, State, masked_me
 from .data import common_start
 from .generate import completions, generate
 from .lora import merge_lora
-from .mesh import spread, whole
+from .mesh import spread_rows, gathered
 from .model import Transformer, score_tokens
 from .train import TrainConfig, make_step
 
@@ -319,7 +319,7 @@ def practise(
         chosen = [prompts[i] for i in rng.permutation(len(prompts))[:config.batch_size//group]]
         sampled = write(merge_lora(state.model.policy), chosen, key=key, n=group, max_new_tokens=config.max_new_tokens,
             temperature=config.temperature, stop=stop if config.stop_at_eos else (), width=width, shared=shared)
-        rollout = whole(look(state, reference, spread(Batch(sampled.tokens, sampled.mask, below=sampled.below, shared=sampled.shared), state.params)))
+        rollout = gathered(look(state, reference, spread_rows(Batch(sampled.tokens, sampled.mask, below=sampled.below, shared=sampled.shared), state.params)))
         if number == 0: check_start(rollout, config.precision)
         scores, done, measured = assess(reward, rollout, stop, config, group)
         batch = finish(rollout, scores, kl.coef)
@@ -328,7 +328,7 @@ def practise(
         measured = {name: float(value) for name, value in measured.items()}
         state, far = within_budget(state, kl, measured['objective/kl'], config)
         if not far:
-            if watch: measured |= {name: float(x) for name, x in watch(state, spread(jax.tree.map(lambda x: x[:len(x)//config.minibatches], batch), state.params)).items()}
+            if watch: measured |= {name: float(x) for name, x in watch(state, spread_rows(jax.tree.map(lambda x: x[:len(x)//config.minibatches], batch), state.params)).items()}
             learned, state = update(state, step, batch, config, rng, number, group)
             measured |= learned
         kl.update(measured['objective/kl'], len(rollout.tokens))

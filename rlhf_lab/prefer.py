@@ -18,7 +18,7 @@ from .dpo import (add_tokens, alpha_divergence, apo_down, apo_zero, balance, bco
     sppo_hard, with_mismatches)
 from .judgements import as_pairs, as_thumbs
 from .lora import drop_lora, merge_lora
-from .mesh import spread
+from .mesh import spread_rows
 from .model import Transformer, score_tokens
 from .runs import Run
 from .sft import prepare_rows
@@ -137,7 +137,7 @@ class MovingReference:
 
     def answer(self, pairs: Pairs) -> Pairs:
         "The pairs, with what the reference of this moment thinks of them."
-        return self.ask(self.reference, spread(pairs, self.reference)) if self.moved else pairs
+        return self.ask(self.reference, spread_rows(pairs, self.reference)) if self.moved else pairs
 
 # %% ../nbs/38_prefer.ipynb #8b3d48ba
 def learn(
@@ -197,7 +197,7 @@ def report_pairs(config: DPOConfig, policy, pairs, loss):
     "Say how often the implicit reward is right on held-out pairs."
     graph, state = nnx.split(policy)
     ask = jax.jit(lambda state, batch: loss(nnx.merge(graph, state), batch)[2]['rewards/accuracies'])
-    found = [ask(state, spread(batch, state)) for batch in Batches(pairs, config.batch_size, drop_last=False, extras=dpo_facts(config, policy, pairs))]
+    found = [ask(state, spread_rows(batch, state)) for batch in Batches(pairs, config.batch_size, drop_last=False, extras=dpo_facts(config, policy, pairs))]
     print(f'held-out accuracy of the implicit reward: {float(sum(a for a, _ in found)/sum(b for _, b in found)):.3f}')
 
 # %% ../nbs/38_prefer.ipynb #5a1ac5cc
@@ -227,7 +227,7 @@ def thumbs_maker(policy: Transformer): # (batch, labels, which rows are there) â
         if not policy.split: return thumbs
         lower = lambda rows: rows.replace(below=reference.below(rows).astype(reference.dtype))
         return thumbs.replace(batch=lower(thumbs.batch), mismatched=lower(thumbs.mismatched))
-    return lambda *batch: make(state, *spread(batch, state))
+    return lambda *batch: make(state, *spread_rows(batch, state))
 
 # %% ../nbs/38_prefer.ipynb #7b8f5fda
 def train_kto(config: KTOConfig):

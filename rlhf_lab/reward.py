@@ -18,7 +18,7 @@ from .choices import bradley_terry, rao_kupper
 from .core import Array, Batch, CheckpointError, DataError, Float, Pairs, UsageError, both, masked_mean
 from .data import Batches, load_rows, prompt_text, tokenize_rows
 from .lora import HeadParam, add_head, add_lora, on_trunk, share
-from .mesh import on_mesh, spread, under, whole
+from .mesh import on_mesh, spread_rows, under, gathered
 from .model import Transformer
 from .runs import Run, leads, plain
 from .sft import prepare_rows
@@ -173,7 +173,7 @@ def ask_judge(graph, pool, state, batch): return score(nnx.merge(graph, state), 
 def reward_margins(model, batches, pool) -> tuple: # Margins and rewards of both sides, empty rows left out
     "The judge's opinion on pairs, in the order of the batches."
     graph, state = nnx.split(model)
-    found = [np.asarray(whole(ask_judge(graph, pool, state, spread(both(pairs), state)))).reshape(2, -1)[:, np.asarray(pairs.weight) > 0] for pairs in batches]
+    found = [np.asarray(gathered(ask_judge(graph, pool, state, spread_rows(both(pairs), state)))).reshape(2, -1)[:, np.asarray(pairs.weight) > 0] for pairs in batches]
     sides = np.concatenate(found, axis=1)
     return sides[0] - sides[1], sides
 
@@ -192,7 +192,7 @@ def reward_facts(config: RewardConfig, judge, pairs, known: dict) -> tuple: # `e
     states = [[], []]
     def facts(batch):
         known, pooled = look(state, batch)
-        pooled, there = whole((pooled, batch.weight))
+        pooled, there = gathered((pooled, batch.weight))
         for side, x in zip(states, pooled): side.append(np.asarray(x)[np.asarray(there) > 0])
         return known
     extras = remember(facts, pairs, config.batch_size, known, state)
@@ -298,7 +298,7 @@ def model_reward(judge: Transformer, pool, batch_size: int = 64): # rollout → 
     def judged(rollout):
         batch = Batch(rollout.tokens, rollout.mask, below=rollout.below if judge.split else None, shared=rollout.shared)
         parts = [jax.tree.map(lambda x: x[i:i + batch_size], batch) for i in range(0, len(rollout.tokens), batch_size)]
-        return np.concatenate([np.asarray(whole(ask_judge(graph, pool, state, spread(part, state)))) for part in parts])
+        return np.concatenate([np.asarray(gathered(ask_judge(graph, pool, state, spread_rows(part, state)))) for part in parts])
     return judged
 
 # %% ../nbs/32_reward.ipynb #2f81fa5d

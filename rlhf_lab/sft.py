@@ -11,7 +11,7 @@ from flax import nnx
 from pathlib import Path
 from .core import Batch, DataError
 from .data import Batches, clean_rows, load_rows, report, require_good, split_rows, tokenize_rows
-from .mesh import spread
+from .mesh import spread_rows
 from .model import score_tokens
 from .rows import normalise_rows
 from .runs import Run, write_file
@@ -30,7 +30,7 @@ def evaluate_sft(model, batches) -> dict:
     "Loss in nats per token and perplexity on `batches`."
     graph, state = nnx.split(model)
     ask = jax.jit(lambda state, batch: sft_loss(nnx.merge(graph, state), batch)[:2])
-    total, weight = np.sum([[float(x) for x in ask(state, spread(batch, state))] for batch in batches], axis=0)
+    total, weight = np.sum([[float(x) for x in ask(state, spread_rows(batch, state))] for batch in batches], axis=0)
     return {'eval_loss': total/weight, 'eval_perplexity': float(np.exp(total/weight))}
 
 # %% ../nbs/31_sft.ipynb #e1b8b40f

@@ -15,7 +15,7 @@ from typing import Literal
 from .core import Array, CheckpointError, LabError, State, UsageError
 from .data import Batches
 from .lora import HeadParam, add_lora, merge_lora, save_adapter, share, trainable
-from .mesh import mesh_of, on_mesh, place, spread, under, whole
+from .mesh import mesh_of, on_mesh, place, spread_rows, under, gathered
 from .model import Transformer, fast_precision
 from .progress import progress
 from .runs import leads
@@ -206,7 +206,7 @@ def save_role(
 def collected(model):
     "The same model, on arrays that every process can read."
     graph, state = nnx.split(model)
-    return nnx.merge(graph, jax.tree.map(jnp.asarray, whole(state)), copy=True)
+    return nnx.merge(graph, jax.tree.map(jnp.asarray, gathered(state)), copy=True)
 
 def snapshot(policy: Transformer, folder, step: int, every: int, last: bool = False):
     "Keep what the policy is at this step, if it is time: the adapter alone, in `adapters/`, a few megabytes."
@@ -228,7 +228,7 @@ def remember(
     "Facts about every example, in the order of the examples."
     batches, found, length = Batches(examples, batch_size, drop_last=False, extras=known), {}, lambda e: max(len(side[0]) for side in (e if batches.pairs else (e,)))
     for batch in batches:
-        for name, rows in whole(f(spread(batch, to))).items():
+        for name, rows in gathered(f(spread_rows(batch, to))).items():
             known, rows = found.setdefault(name, [None]*len(examples)), np.asarray(rows)
             for i, row in zip(batches.index, rows):
                 if i >= 0: known[i] = row if rows.ndim == 1 else row[:length(examples[i])].copy()
@@ -256,7 +256,7 @@ def known_states(
 def weights_sum(model) -> int:
     "A checksum of the weights that a run starts from, adapters and heads apart."
     plain = jax.tree.leaves(nnx.state(model, nnx.Not(nnx.Any(nnx.LoRAParam, HeadParam))))
-    return functools.reduce(lambda crc, x: zlib.crc32(np.asarray(whole(x)).reshape(-1).view(np.uint8), crc), plain, 0)
+    return functools.reduce(lambda crc, x: zlib.crc32(np.asarray(gathered(x)).reshape(-1).view(np.uint8), crc), plain, 0)
 
 def checkpoint(
     state: State,
