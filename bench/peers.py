@@ -132,8 +132,8 @@ def our_packed():
     from rlhf_lab.sft import sft_loss
     model, tokenizer = our_model()
     write = writer(tokenizer, 2)
-    examples = [Example(np.array(tokenizer.encode(write(n - 1), add_special_tokens=False) + [tokenizer.eos_token_id]), np.ones(n, bool)) for n in ragged()]
-    held = list(Batches(examples, 8, 0, pad_id=0, pack=True, max_length=128))
+    examples = [Example(np.array(tokenizer.encode(write(n - 1), add_special_tokens=False) + [tokenizer.eos_token_id]), np.arange(n) > 0) for n in ragged()]
+    held = list(Batches(examples, 8, 0, widths=(128,), pack=True))
     turn = iter([])
     one = updates(model, sft_loss, lambda: next(turn))
     def run():
