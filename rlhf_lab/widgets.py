@@ -60,7 +60,7 @@ class TrainMonitor:
         self.names, self.samples, self.every, self.rows, self.table = names, samples, every, [], []
         self.place, self.stopped, self.due, self.spent, self.start, self.end = None, False, 0., 0., time.monotonic(), None
         self.pause, self.stop = w.ToggleButton(description='Pause', icon='pause'), w.Button(description='Stop', icon='stop')
-        self.log, self.smooth = w.Checkbox(description='log axis', indent=False), w.FloatSlider(description='smooth', max=.95, step=.05)
+        self.log, self.smooth = w.Checkbox(description='log axis', indent=False), w.FloatSlider(description='smooth', max=.95, step=.05, continuous_update=False)
         self.log.layout.width, self.line, self.curves = '90px', w.HTML(), w.HTML()
         self.stop.on_click(lambda _: self.halt())
         self.pause.observe(lambda change: self.hold(change.new), 'value')
@@ -70,6 +70,7 @@ class TrainMonitor:
     def hold(self, wait: bool):
         "Pause, or go on."
         self.pause.description, self.pause.icon = ('Go on', 'play') if wait else ('Pause', 'pause')
+        self.draw()
         if self.path is None or not self.path.exists(): return
         if wait: (self.path/'pause').touch()
         else: (self.path/'pause').unlink(missing_ok=True)
@@ -160,16 +161,16 @@ KEYS = {'pair': {'1': 'a', '2': 'b', '3': 'both_good', '4': 'both_bad', 's': 'sk
     'thumb': {'1': 'up', '2': 'down', 's': 'skip', 'u': 'undo'}}
 SAY = {'a': 'A better', 'b': 'B better', 'both_good': 'Both good', 'both_bad': 'Both bad', 'up': 'Good', 'down': 'Bad', 'skip': 'Skip', 'undo': 'Undo'}
 LISTEN = '''function render({model, el}) {
-  el.textContent = 'keys: ' + model.get('help') + ' (after a click here)';
+  el.textContent = 'keys: ' + model.get('told') + ' (after a click here)';
   el.style.cssText = 'color:#6b7077;font-size:12px;padding:2px 4px';
   const over = new AbortController();
   setTimeout(() => {
     const box = el.closest('.rlhf-label'); if (!box) return;
     box.tabIndex = 0; box.dataset.lmSuppressShortcuts = 'true'; box.style.outlineOffset = '-2px';
-    el.addEventListener('click', () => box.focus(), {signal: over.signal});
+    box.addEventListener('click', () => box.focus(), {signal: over.signal});
     box.addEventListener('keydown', e => {
       if (e.ctrlKey || e.altKey || e.metaKey || e.repeat || /INPUT|TEXTAREA/.test(e.target.tagName)) return;
-      if (!model.get('keys').includes(e.key)) return;
+      if (!model.get('heeded').includes(e.key)) return;
       e.preventDefault(); e.stopPropagation(); model.send({key: e.key}); box.focus();
     }, {signal: over.signal});
   }, 50);
@@ -177,13 +178,13 @@ LISTEN = '''function render({model, el}) {
 }
 export default {render};'''
 
-def key_listener(keys: list, help: str, press): # A widget; None where there is no anywidget
+def key_listener(heeded: list, told: str, press): # A widget; None where there is no anywidget
     "Tells `press` about keys that are typed inside the box of class `rlhf-label`."
     try: import anywidget, traitlets
     except ImportError: return None
     class Keys(anywidget.AnyWidget):
-        _esm, keys, help = LISTEN, traitlets.List().tag(sync=True), traitlets.Unicode().tag(sync=True)
-    listener = Keys(keys=keys, help=help)
+        _esm, heeded, told = LISTEN, traitlets.List().tag(sync=True), traitlets.Unicode().tag(sync=True) # `keys` is a name of ipywidgets
+    listener = Keys(heeded=heeded, told=told)
     listener.on_msg(lambda _, message, __: press(message.get('key')))
     return listener
 
