@@ -174,7 +174,7 @@ LISTEN = '''function render({model, el}) {
   const over = new AbortController();
   setTimeout(() => {
     const box = el.closest('.rlhf-label'); if (!box) return;
-    box.tabIndex = 0; box.dataset.lmSuppressShortcuts = 'true'; box.style.outline = '1px solid #c9ccd1';
+    box.tabIndex = 0; box.dataset.lmSuppressShortcuts = 'true'; box.style.outline = '1px solid #c9ccd1'; box.style.outlineOffset = '-1px';
     box.addEventListener('focus', () => box.style.outlineColor = '#3a76bd', {signal: over.signal});
     box.addEventListener('blur', () => box.style.outlineColor = '#c9ccd1', {signal: over.signal});
     box.addEventListener('click', () => box.focus(), {signal: over.signal});
