@@ -1207,6 +1207,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'rlhf_lab.widgets.key_listener': ('widgets.html#key_listener', 'rlhf_lab/widgets.py'),
                                   'rlhf_lab.widgets.score_of': ('widgets.html#score_of', 'rlhf_lab/widgets.py'),
                                   'rlhf_lab.widgets.shown': ('widgets.html#shown', 'rlhf_lab/widgets.py'),
+                                  'rlhf_lab.widgets.stay_heard': ('widgets.html#stay_heard', 'rlhf_lab/widgets.py'),
                                   'rlhf_lab.widgets.table': ('widgets.html#table', 'rlhf_lab/widgets.py'),
                                   'rlhf_lab.widgets.update_arrays': ('widgets.html#update_arrays', 'rlhf_lab/widgets.py'),
                                   'rlhf_lab.widgets.update_steps': ('widgets.html#update_steps', 'rlhf_lab/widgets.py')},
