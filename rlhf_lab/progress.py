@@ -108,10 +108,11 @@ def plain_line(
 # %% ../nbs/06_progress.ipynb #1c47f771
 def heed(iterable, run: Run):
     "Pass the updates of a run on. After each: wait while a file `pause` lies in the run's folder; a file `stop` is Ctrl-C."
+    heard = signal.SIGTERM if signal.getsignal(signal.SIGINT) == signal.SIG_IGN else signal.SIGINT # a script's background ignores Ctrl-C
     for item in iterable:
         yield item
         while (run.path/'pause').exists() and not (run.path/'stop').exists(): time.sleep(.1)
-        if (run.path/'stop').exists(): (run.path/'stop').unlink(); signal.raise_signal(signal.SIGINT)
+        if (run.path/'stop').exists(): (run.path/'stop').unlink(); signal.raise_signal(heard)
 
 # %% ../nbs/06_progress.ipynb #bd12120a
 def progress(
