@@ -30,7 +30,7 @@ def test_L4_fifty_abandoned_streams_leave_an_idle_engine():
     rows, steps = engine.models['m'], engine.models['m'].count
     for answer in answers: answer.stop()
     written, steps = [len(answer.tokens) for answer in answers], rows.count
-    until(lambda: idle(engine))
+    assert until(lambda: idle(engine)) < 1
     assert rows.count - steps <= 1 and rows.answers == [None]*4
     until(lambda: all(answer.finish for answer in answers))
     assert {answer.finish for answer in answers} == {'stopped'}
