@@ -66,8 +66,7 @@ def test_more_devices_or_processes_train_to_the_same_numbers(toy, tmp_path, proc
         assert json.loads((tmp_path/'many'/name/'config.json').read_text())['mesh'] == mesh
         assert (tmp_path/'many'/name/'model/model.safetensors').exists()
 
-@pytest.mark.slow
-@pytest.mark.parametrize('before, after', [(2, 1), (1, 2)])
+@pytest.mark.parametrize('before, after', [(2, 1), pytest.param(1, 2, marks=pytest.mark.slow)])
 def test_another_number_of_processes_can_go_on(toy, tmp_path, before, after):
     "All is saved after steps 2 and 4; without the last checkpoint, a resumed run lives through steps 3 and 4 again."
     finish(start(stages(tmp_path, toy, 'sft'), before))
