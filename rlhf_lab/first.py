@@ -9,7 +9,7 @@ __all__ = ['FIRST', 'to_bytes', 'pack_adapter', 'wear', 'read_samples', 'roundin
 # %% ../nbs/62_first.ipynb #178174eb
 import fcntl, hashlib, importlib.resources, json, re, gradio as gr, numpy as np
 from pathlib import Path
-from .answers import COMMAND, STAGES, Answer, Models, grid, inert, message
+from .answers import COMMAND, STAGES, Answer, Models, grid, message
 from .chat import AT_ONCE, columns, markdown, restore
 from .core import CheckpointError
 from .runs import digest, write_file

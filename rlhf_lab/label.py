@@ -15,7 +15,7 @@ from .asking import borrow, hand_in, reopen
 from .chat import AT_ONCE, QUIET, markdown
 from .core import LabError, UsageError
 from .exports import tally
-from .feedback import Feedback, label_item
+from .feedback import Feedback
 from .pool import MOST, agreement, change_guideline, fill, gold_marks, guidelines, keep_guideline, labelled, leans, progress
 from .votes import in_charge
 

@@ -11,7 +11,7 @@ import json, math, sqlalchemy as sa
 from pathlib import Path
 from .answers import STAGES, grid, inert, weights_hash
 from .chat import AT_ONCE, markdown
-from .curves import figure, lineages, places, read_json
+from .curves import figure, lineages, read_json
 from .feedback import Feedback, checkpoint, dataset_row, event, session
 
 # %% ../nbs/61_models.ipynb #8b9a7782

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['adamw', 'tf_adam', 'init_state', 'make_step', 'add_up', 'fit', 'patient', 'TrainConfig', 'devices_of', 'load_role',
-           'save_role', 'collected', 'snapshot', 'remember', 'lower_states', 'known_states', 'weights_sum',
+           'collected', 'save_role', 'snapshot', 'remember', 'lower_states', 'known_states', 'weights_sum',
            'checkpoint', 'recall', 'failed_before', 'train']
 
 # %% ../nbs/30_train.ipynb #189d8698
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Literal
 from .core import Array, CheckpointError, LabError, State, UsageError
 from .data import Batches
-from .lora import HeadParam, add_lora, merge_lora, save_adapter, share, trainable
+from .lora import HeadParam, add_lora, merge_lora, save_adapter, trainable
 from .mesh import mesh_of, on_mesh, place, spread_rows, under, gathered
 from .model import Transformer, fast_precision
 from .progress import progress
@@ -174,11 +174,12 @@ class TrainConfig:
         if min(self.batch_size, self.accumulate, self.epochs) < 1: raise UsageError('batch_size, accumulate and epochs must be at least 1')
         if self.batch_size % self.accumulate: raise UsageError(f'batch_size {self.batch_size} is not a multiple of accumulate {self.accumulate}: change one of them')
 
-# %% ../nbs/30_train.ipynb #fcfbc333
+# %% ../nbs/30_train.ipynb #67dcdd3f
 def devices_of(config: TrainConfig): # A mesh, or None
     "The devices of a run. Raises UsageError where the rows that are computed at a time cannot be split evenly."
     return mesh_of(config.mesh, config.batch_size//config.accumulate//getattr(config, 'minibatches', 1))
 
+# %% ../nbs/30_train.ipynb #fcfbc333
 def load_role(
     config: TrainConfig,
     key: Array, # For the adapters
@@ -190,6 +191,13 @@ def load_role(
     if config.rank: model = add_lora(model, key=key, rank=config.rank, alpha=config.alpha, top=config.top_layers or None)
     return on_mesh(model, mesh), tokenizer
 
+# %% ../nbs/30_train.ipynb #f1bd503f
+def collected(model):
+    "The same model, on arrays that every process can read."
+    graph, state = nnx.split(model)
+    return nnx.merge(graph, jax.tree.map(jnp.asarray, gathered(state)), copy=True)
+
+# %% ../nbs/30_train.ipynb #2242b4da
 def save_role(
     policy: Transformer,
     tokenizer,
@@ -203,11 +211,7 @@ def save_role(
     save_model(merged, tokenizer, Path(folder)/'model')
     if trainable(policy) is not nnx.Param: save_adapter(policy, Path(folder)/'adapter.safetensors')
 
-def collected(model):
-    "The same model, on arrays that every process can read."
-    graph, state = nnx.split(model)
-    return nnx.merge(graph, jax.tree.map(jnp.asarray, gathered(state)), copy=True)
-
+# %% ../nbs/30_train.ipynb #f3cdd0fc
 def snapshot(policy: Transformer, folder, step: int, every: int, last: bool = False):
     "Keep what the policy is at this step, if it is time: the adapter alone, in `adapters/`, a few megabytes."
     if not every or step%every and not last or trainable(policy) is nnx.Param: return
