@@ -99,9 +99,10 @@ def _logprobs(model, batch, temperature): return score_tokens(model, batch, temp
 
 def _in_batches(items: list, size: int):
     "Equal batches, the last one filled up with copies of its last item; and how many are real."
+    size = -(-len(items)//-(-len(items)//size)) # no more than it takes in so many batches
     for start in range(0, len(items), size):
         some = items[start:start + size]
-        yield start, len(some), some + some[-1:]*(min(size, len(items)) - len(some))
+        yield start, len(some), some + some[-1:]*(size - len(some))
 
 # %% ../nbs/40_evaluate.ipynb #9049eaeb
 def ask(
@@ -123,8 +124,8 @@ def ask(
             shared=shared, n=n, rows=np.arange(start*n, (start + len(some))*n))
         if reference is not None:
             both = Batch(rollout.tokens, rollout.mask, below=rollout.below if reference.split == model.split else None, shared=shared)
-            own, other = (_logprobs(m, both, temperature) for m in (model, reference))
-            rollout = rollout.replace(logprobs=own, ref_logprobs=other)
+            if model.dtype != 'float32': rollout = rollout.replace(logprobs=_logprobs(model, both, temperature)) # rounded as the other's are
+            rollout = rollout.replace(ref_logprobs=_logprobs(reference, both, temperature))
         parts.append(jax.tree.map(lambda x: np.asarray(x[:real*n]), rollout))
     return jax.tree.map(lambda *x: np.concatenate(x), *parts)
 

@@ -33,10 +33,10 @@ def truncate(
 def pick(
     logits: Float[Array, 'B V'],
     uniform: Float[Array, 'B'], # In [0, 1)
-) -> Int[Array, 'B']:
+) -> tuple: # Words [B], and their log-probabilities [B] in nats
     "A sample from softmax(logits) by inverting its cumulative distribution."
-    stride = 256
-    chance = jax.nn.softmax(logits.astype(jnp.float32))
+    stride, top = 256, logits.max(-1, keepdims=True)
+    chance = jnp.exp(logits - top) # not yet divided by its sum
     chance = jnp.pad(chance, ((0, 0), (0, -chance.shape[1]%stride))).reshape(len(chance), -1, stride)
     ends = jnp.cumsum(chance.sum(-1), axis=-1)
     target = uniform*ends[:, -1]
@@ -44,7 +44,8 @@ def pick(
     inside = jnp.cumsum(jnp.take_along_axis(chance, block[:, None, None], 1)[:, 0], axis=-1)
     rest = target - (jnp.take_along_axis(ends, block[:, None], 1)[:, 0] - inside[:, -1])
     word = jnp.argmax(inside > jnp.minimum(rest, inside[:, -1]*(1 - 1e-6))[:, None], axis=-1)
-    return (block*stride + word).astype(jnp.int32)
+    word = (block*stride + word).astype(jnp.int32)
+    return word, (jnp.take_along_axis(logits, word[:, None], 1) - top)[:, 0] - jnp.log(ends[:, -1])
 
 def draws(key: Array, rows: Int[Array, 'B'], positions: Int[Array, 'B']) -> Float[Array, 'B']:
     "The uniform number of each row and position, whoever else is in the batch."
@@ -104,9 +105,9 @@ def _generate(graph, state, mesh, tokens, lengths, rows, key, temperature, share
 
     def choose(logits, position):
         scaled = truncate(logits/temperature, top_k, top_p, min_p)
-        word = scaled.argmax(-1).astype(jnp.int32) if greedy else pick(scaled, draws(key, rows, position))
-        guesses = jax.nn.log_softmax(scaled)
-        return word, jnp.take_along_axis(guesses, word[:, None], 1)[:, 0]
+        if not greedy: return pick(scaled, draws(key, rows, position))
+        word = scaled.argmax(-1).astype(jnp.int32)
+        return word, jnp.take_along_axis(jax.nn.log_softmax(scaled), word[:, None], 1)[:, 0]
 
     def step(carry):
         t, word, logprob, done, cache, tokens, mask, logprobs, below = carry
@@ -187,7 +188,7 @@ def _decode(graph, state, word, lengths, t, memory, cache):
 @functools.partial(jax.jit, static_argnames=('top_k', 'top_p', 'min_p', 'greedy'))
 def _choose(logits, key, position, temperature, top_k, top_p, min_p, greedy):
     scaled = truncate(logits/temperature, top_k, top_p, min_p)
-    return scaled.argmax(-1).astype(jnp.int32) if greedy else pick(scaled, draws(key, jnp.zeros(1, int), position[None]))
+    return scaled.argmax(-1).astype(jnp.int32) if greedy else pick(scaled, draws(key, jnp.zeros(1, int), position[None]))[0]
 
 def stream(
     model: Transformer,

@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['OPENING', 'SHARES', 'STAGE', 'Review', 'tidy', 'film_reviews', 'place', 'split_reviews', 'snippets', 'GoldScorer',
            'film_prompts', 'toy_reviews', 'save_toy', 'label_pairs', 'compare', 'QuickstartConfig', 'has_room', 'tiny',
-           'Stages', 'write_rows', 'sampled_states', 'sample_pairs', 'quickstart', 'tell']
+           'Stages', 'write_rows', 'sampled_states', 'sample_pairs', 'teach_gold', 'quickstart', 'tell']
 
 # %% ../nbs/44_quickstart.ipynb #e7b33bae
 import csv, functools, hashlib, json, os, random, re, time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -224,7 +225,7 @@ class QuickstartConfig:
     seed: int = 0
     resume: bool = False # Keep the stages that are done in `out`
     split: Literal['report', 'development'] = 'report' # Whose prompts are judged; development is for choosing settings
-    prompts: int = 96 # How many are judged
+    prompts: int = 80 # How many are judged
     candidates: int = 4 # Of best-of-n
     pairs: int = 256 # Preferences for the reward model and for DPO
     ranked: int = 4 # Completions of a prompt that are ranked: the first and the last are the pair
@@ -301,11 +302,16 @@ def sample_pairs(
     texts = [side for pair in texts for side in pair]
     other = [text for text in texts if text.tokens.tobytes() not in states] # what reads differently once it is text
     below = jax.jit(lambda model, batch: dict(below=model.below(batch).astype(model.dtype)))
-    found = remember(functools.partial(below, policy), other, 64)['below'] if other else []
+    found = remember(functools.partial(below, policy), other, 32)['below'] if other else []
     print(f'{len(rows)} pairs; {len(texts) - len(other)} of {len(texts)} texts have the tokens that were sampled')
     return states | {text.tokens.tobytes(): state for text, state in zip(other, found)}
 
 # %% ../nbs/44_quickstart.ipynb #d6cd9e58
+def teach_gold(shares: dict) -> tuple: # The gold scorer, and in words how often it is right on held-out reviews and on snippets of them
+    "The stand-in for the human."
+    gold, held = GoldScorer(shares['gold']), [r for r in shares['report'] if r.source != 'rotten_tomatoes']
+    return gold, ['{:.1%} ({:.1%} – {:.1%})'.format(*gold.accuracy(part)) for part in (held, snippets(held))]
+
 def quickstart(config: QuickstartConfig) -> list[dict]: # The rows of `table.json`
     "Base → SFT → pairs → reward model → PPO → DPO → report, in the folder `config.out`."
     began, busy = time.monotonic(), time.process_time()
@@ -313,9 +319,7 @@ def quickstart(config: QuickstartConfig) -> list[dict]: # The rows of `table.jso
     with Run(config.out, config, config.resume) as run:
         folder, stages = run.path, Stages(run.path)
         shares = split_reviews(toy_reviews() if config.tiny else film_reviews())
-        gold, verdict = GoldScorer(shares['gold']), '{:.1%} ({:.1%} – {:.1%})'.format
-        accuracy = [verdict(*gold.accuracy(part)) for held in [[r for r in shares['report'] if r.source != 'rotten_tomatoes']] for part in (held, snippets(held))]
-        print(f'gold scorer: right on {accuracy[0]} of held-out reviews, on {accuracy[1]} of 30-word snippets', flush=True)
+        taught = ThreadPoolExecutor(1).submit(teach_gold, shares) # beside the first stages, which leave a core idle while they compile
         base = save_toy(folder/'base', shares['gold'], config.seed) if config.tiny else config.model
         models = dict(base=base, **{name: str(folder/name/'model') for name in ('sft', 'ppo', 'dpo')})
         stages.do('base', lambda: load_model(base))
@@ -326,6 +330,8 @@ def quickstart(config: QuickstartConfig) -> list[dict]: # The rows of `table.jso
         write_rows(files['asked'], [dict(prompt=row['prompt']) for row in rows])
         part = lambda name, data, model: replace(getattr(config, name), out=str(folder/name), model=model, data=str(files[data]), seed=config.seed, resume=config.resume)
         stages.do('sft', lambda: train_sft(part('sft', 'written', base)))
+        gold, accuracy = taught.result()
+        print(f'gold scorer: right on {accuracy[0]} of held-out reviews, on {accuracy[1]} of 30-word snippets', flush=True)
         states = {}
         stages.do('pairs', lambda: states.update(sample_pairs(config, prompts, gold, files['pairs'], models['sft'])))
         stages.do('reward', lambda: train_reward(part('reward', 'pairs', models['sft']), states))

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CHATML', 'byte_level', 'train_tokenizer', 'tokenizer_from_gguf', 'load_tokenizer', 'from_hub', 'control_ids',
-           'whole_letters', 'text_ids', 'check_template', 'time_limit', 'render', 'chat_ids', 'encode_prompt',
+           'whole_letters', 'text_ids', 'check_template', 'Limits', 'time_limit', 'render', 'chat_ids', 'encode_prompt',
            'encode_example', 'visible', 'preview', 'check_mask']
 
 # %% ../nbs/10_tokens.ipynb #b4b59ab0
@@ -142,25 +142,40 @@ def check_template(
             nodes.Filter: lambda: node.name == 'attr'}.get(type(node))
         if bad and bad(): raise DataError(f'line {node.lineno} of the chat template wants more than to write messages: use another one')
 
+class Limits:
+    "One thread looks after all that may not take too long: to start one for each would cost more than what it guards."
+    ends, lock, some, watcher = {}, threading.Lock(), threading.Event(), None # Thread → its clock, and the reading at which it is late
+
+    @classmethod
+    def wake(cls):
+        cls.some.set()
+        with cls.lock:
+            if cls.watcher and cls.watcher.is_alive(): return # a fork has none
+            cls.watcher = threading.Thread(target=cls.watch, daemon=True)
+            cls.watcher.start()
+
+    @classmethod
+    def watch(cls):
+        while cls.some.wait():
+            time.sleep(.02)
+            with cls.lock:
+                if not cls.ends: cls.some.clear()
+                for late in [me for me, (clock, end) in cls.ends.items() if time.clock_gettime(clock) >= end]:
+                    del cls.ends[late]
+                    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(late), ctypes.py_object(TimeoutError))
+
 @contextlib.contextmanager
 def time_limit(
     seconds: float, # Of this thread's processor time
 ):
     "Ends with a TimeoutError what takes too long, at its next step in Python."
-    me, lock, done = threading.get_ident(), threading.Lock(), threading.Event()
+    me = threading.get_ident()
     clock = time.pthread_getcpuclockid(me)
-    end = time.clock_gettime(clock) + seconds
-    def watch():
-        while not done.wait(seconds):
-            with lock:
-                if done.is_set() or time.clock_gettime(clock) < end: continue
-                ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(me), ctypes.py_object(TimeoutError))
-                return
-    watcher = threading.Thread(target=watch, daemon=True)
-    watcher.start()
+    with Limits.lock: Limits.ends[me] = clock, time.clock_gettime(clock) + seconds
+    Limits.wake()
     try: yield
     finally:
-        with lock: done.set()
+        with Limits.lock: Limits.ends.pop(me, None)
 
 # %% ../nbs/10_tokens.ipynb #696ef5b8
 def render(
