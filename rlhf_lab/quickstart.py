@@ -227,11 +227,11 @@ class QuickstartConfig:
     split: Literal['report', 'development'] = 'report' # Whose prompts are judged; development is for choosing settings
     prompts: int = 80 # How many are judged
     candidates: int = 4 # Of best-of-n
-    pairs: int = 256 # Preferences for the reward model and for DPO
+    pairs: int = 224 # Preferences for the reward model and for DPO
     ranked: int = 4 # Completions of a prompt that are ranked: the first and the last are the pair
     new_tokens: int = 32 # In a completion
     temperature: float = 0.8 # In sampling and in log-probabilities alike
-    sft: SFTConfig = field(default_factory=lambda: SFTConfig(steps=12, batch_size=32, **STAGE))
+    sft: SFTConfig = field(default_factory=lambda: SFTConfig(steps=12, batch_size=24, **STAGE))
     reward: RewardConfig = field(default_factory=lambda: RewardConfig(pool='mean', batch_size=8, **dict(STAGE, holdout=.2)))
     ppo: PPOConfig = field(default_factory=lambda: PPOConfig(steps=10, batch_size=32, epochs=2, kl_coef=.05, kl_budget=7., **dict(STAGE, learning_rate=2e-3)))
     dpo: DPOConfig = field(default_factory=lambda: DPOConfig(batch_size=8, **dict(STAGE, learning_rate=2e-3)))
