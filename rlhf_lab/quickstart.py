@@ -244,8 +244,8 @@ def has_room(config: QuickstartConfig, tokenizer): # Row → bool
 def tiny(config: QuickstartConfig) -> QuickstartConfig:
     "The same story for a toy."
     small = dict(precision='float32', max_length=96, top_layers=0, learning_rate=5e-3)
-    return replace(config, prompts=96, pairs=640, ranked=2, new_tokens=12,
-        sft=replace(config.sft, **dict(small, rank=0, steps=300, epochs=100, batch_size=16)), reward=replace(config.reward, epochs=4, **dict(small, batch_size=16)),
+    return replace(config, prompts=96, pairs=320, ranked=2, new_tokens=12,
+        sft=replace(config.sft, **dict(small, rank=0, steps=200, epochs=100, batch_size=16)), reward=replace(config.reward, epochs=2, **dict(small, batch_size=16)),
         ppo=replace(config.ppo, **dict(small, kl_stop=0.)), dpo=replace(config.dpo, **dict(small, batch_size=16)))
 
 # %% ../nbs/44_quickstart.ipynb #091b9169
