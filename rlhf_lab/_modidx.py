@@ -850,6 +850,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
             'rlhf_lab.progress': { 'rlhf_lab.progress.curve': ('progress.html#curve', 'rlhf_lab/progress.py'),
                                    'rlhf_lab.progress.figure': ('progress.html#figure', 'rlhf_lab/progress.py'),
                                    'rlhf_lab.progress.heed': ('progress.html#heed', 'rlhf_lab/progress.py'),
+                                   'rlhf_lab.progress.interrupt': ('progress.html#interrupt', 'rlhf_lab/progress.py'),
                                    'rlhf_lab.progress.minutes': ('progress.html#minutes', 'rlhf_lab/progress.py'),
                                    'rlhf_lab.progress.numbers': ('progress.html#numbers', 'rlhf_lab/progress.py'),
                                    'rlhf_lab.progress.panels': ('progress.html#panels', 'rlhf_lab/progress.py'),

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FIRST', 'INK', 'LINE', 'panels', 'plot_metrics', 'picture', 'figure', 'scaled', 'curve', 'minutes', 'numbers',
-           'plain_line', 'heed', 'progress']
+           'plain_line', 'heed', 'interrupt', 'progress']
 
 # %% ../nbs/06_progress.ipynb #1a7fbfdb
 import base64, html, math, signal, sys, time
@@ -108,11 +108,16 @@ def plain_line(
 # %% ../nbs/06_progress.ipynb #1c47f771
 def heed(iterable, run: Run):
     "Pass the updates of a run on. After each: wait while a file `pause` lies in the run's folder; a file `stop` is Ctrl-C."
-    heard = signal.SIGTERM if signal.getsignal(signal.SIGINT) == signal.SIG_IGN else signal.SIGINT # a script's background ignores Ctrl-C
     for item in iterable:
         yield item
         while (run.path/'pause').exists() and not (run.path/'stop').exists(): time.sleep(.1)
-        if (run.path/'stop').exists(): (run.path/'stop').unlink(); signal.raise_signal(heard)
+        if (run.path/'stop').exists(): (run.path/'stop').unlink(); interrupt()
+
+def interrupt():
+    "Ctrl-C, also in a script's background, where Ctrl-C is ignored: then as SIGTERM, if somebody listens to that."
+    for heard in (signal.SIGINT, signal.SIGTERM):
+        if callable(signal.getsignal(heard)): return signal.raise_signal(heard)
+    raise KeyboardInterrupt
 
 # %% ../nbs/06_progress.ipynb #bd12120a
 def progress(
