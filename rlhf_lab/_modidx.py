@@ -183,7 +183,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'rlhf_lab.compare.point': ('compare.html#point', 'rlhf_lab/compare.py'),
                                   'rlhf_lab.compare.settings_of': ('compare.html#settings_of', 'rlhf_lab/compare.py'),
                                   'rlhf_lab.compare.spoil': ('compare.html#spoil', 'rlhf_lab/compare.py'),
-                                  'rlhf_lab.compare.taught': ('compare.html#taught', 'rlhf_lab/compare.py')},
+                                  'rlhf_lab.compare.with_own_reward': ('compare.html#with_own_reward', 'rlhf_lab/compare.py')},
             'rlhf_lab.config': { 'rlhf_lab.config.fields': ('config.html#fields', 'rlhf_lab/config.py'),
                                  'rlhf_lab.config.file_flags': ('config.html#file_flags', 'rlhf_lab/config.py'),
                                  'rlhf_lab.config.flag': ('config.html#flag', 'rlhf_lab/config.py'),

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FIRST', 'INK', 'LINE', 'panels', 'plot_metrics', 'picture', 'figure', 'scaled', 'curve', 'minutes', 'numbers',
-           'plain_line', 'heed', 'interrupt', 'progress']
+           'plain_line', 'interrupt', 'heed', 'progress']
 
 # %% ../nbs/06_progress.ipynb #1a7fbfdb
 import base64, html, math, signal, sys, time
@@ -105,6 +105,13 @@ def plain_line(
     left = f', {minutes(seconds/done*(total - done))} left' if total and done < total else ''
     return ' · '.join(part for part in (f'{label} {far}'.strip(), minutes(seconds) + left, numbers(item)) if part)
 
+# %% ../nbs/06_progress.ipynb #da85c0f3
+def interrupt():
+    "Ctrl-C, also in a script's background, where Ctrl-C is ignored: then as SIGTERM, if somebody listens to that."
+    for heard in (signal.SIGINT, signal.SIGTERM):
+        if callable(signal.getsignal(heard)): return signal.raise_signal(heard)
+    raise KeyboardInterrupt
+
 # %% ../nbs/06_progress.ipynb #1c47f771
 def heed(iterable, run: Run):
     "Pass the updates of a run on. After each: wait while a file `pause` lies in the run's folder; a file `stop` is Ctrl-C."
@@ -112,12 +119,6 @@ def heed(iterable, run: Run):
         yield item
         while (run.path/'pause').exists() and not (run.path/'stop').exists(): time.sleep(.1)
         if (run.path/'stop').exists(): (run.path/'stop').unlink(); interrupt()
-
-def interrupt():
-    "Ctrl-C, also in a script's background, where Ctrl-C is ignored: then as SIGTERM, if somebody listens to that."
-    for heard in (signal.SIGINT, signal.SIGTERM):
-        if callable(signal.getsignal(heard)): return signal.raise_signal(heard)
-    raise KeyboardInterrupt
 
 # %% ../nbs/06_progress.ipynb #bd12120a
 def progress(

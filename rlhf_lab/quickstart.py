@@ -306,12 +306,13 @@ def sample_pairs(
     print(f'{len(rows)} pairs; {len(texts) - len(other)} of {len(texts)} texts have the tokens that were sampled')
     return states | {text.tokens.tobytes(): state for text, state in zip(other, found)}
 
-# %% ../nbs/44_quickstart.ipynb #d6cd9e58
+# %% ../nbs/44_quickstart.ipynb #b132237a
 def teach_gold(shares: dict) -> tuple: # The gold scorer, and in words how often it is right on held-out reviews and on snippets of them
     "The stand-in for the human."
     gold, held = GoldScorer(shares['gold']), [r for r in shares['report'] if r.source != 'rotten_tomatoes']
     return gold, ['{:.1%} ({:.1%} – {:.1%})'.format(*gold.accuracy(part)) for part in (held, snippets(held))]
 
+# %% ../nbs/44_quickstart.ipynb #d6cd9e58
 def quickstart(config: QuickstartConfig) -> list[dict]: # The rows of `table.json`
     "Base → SFT → pairs → reward model → PPO → DPO → report, in the folder `config.out`."
     began, busy = time.monotonic(), time.process_time()

@@ -297,7 +297,7 @@ def model_reward(judge: Transformer, pool, batch_size: int = 64): # rollout → 
     graph, state = nnx.split(judge)
     def judged(rollout):
         batch = Batch(rollout.tokens, rollout.mask, below=rollout.below if judge.split else None, shared=rollout.shared)
-        size = -(-len(rollout.tokens)//-(-len(rollout.tokens)//batch_size)) # batches of one size: one program
+        size = -(-len(rollout.tokens)//-(-len(rollout.tokens)//batch_size)) # as equal as they come: seldom a second program
         parts = [jax.tree.map(lambda x: x[i:i + size], batch) for i in range(0, len(rollout.tokens), size)]
         return np.concatenate([np.asarray(gathered(ask_judge(graph, pool, state, spread_rows(part, state)))) for part in parts])
     return judged

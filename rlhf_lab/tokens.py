@@ -142,12 +142,14 @@ def check_template(
             nodes.Filter: lambda: node.name == 'attr'}.get(type(node))
         if bad and bad(): raise DataError(f'line {node.lineno} of the chat template wants more than to write messages: use another one')
 
+# %% ../nbs/10_tokens.ipynb #3ff908a5
 class Limits:
     "One thread looks after all that may not take too long: to start one for each would cost more than what it guards."
     ends, lock, some, watcher = {}, threading.Lock(), threading.Event(), None # Thread → its clock, and the reading at which it is late
 
     @classmethod
     def wake(cls):
+        "Make sure that somebody watches."
         cls.some.set()
         with cls.lock:
             if cls.watcher and cls.watcher.is_alive(): return # a fork has none
@@ -156,6 +158,7 @@ class Limits:
 
     @classmethod
     def watch(cls):
+        "Fifty times a second, while anybody is limited."
         while cls.some.wait():
             time.sleep(.02)
             with cls.lock:
@@ -164,6 +167,7 @@ class Limits:
                     del cls.ends[late]
                     ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(late), ctypes.py_object(TimeoutError))
 
+# %% ../nbs/10_tokens.ipynb #433658ce
 @contextlib.contextmanager
 def time_limit(
     seconds: float, # Of this thread's processor time
