@@ -19,10 +19,10 @@ app: .venv/.app ## compare the models side by side and vote
 	$(BIN)/python app.py $(ARGS)
 
 test: .venv/.dev ## everything but the slow tests
-	$(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder $(ARGS)
 
 test-slow: .venv/.dev ## the tests that take minutes
-	$(BIN)/python -m pytest -m slow $(ARGS)
+	$(BIN)/python -m pytest -m slow -o faulthandler_timeout=0 $(ARGS)
 
 docs: .venv/.dev ## the notebooks as a site in _docs
 	$(BIN)/python .ci/docs.py

@@ -84,7 +84,9 @@ def tanh_correction(u: Float[Array, '... A']) -> Float[Array, '...']: # To be su
 class Net(nnx.Module):
     "Two layers of 64 tanh units and a linear one."
     def __init__(self, inputs: int, outputs: int, length: float, *, key: Array): # `length`: of the last layer's columns; inputs and outputs up to 64
-        turns = jax.vmap(lambda k: nnx.initializers.orthogonal()(k, (64, 64)))(jax.random.split(key, 3))
+        # One after the other, also under `vmap`: a batched QR waits for threads of the pool it runs on, and with two cores two of them wait for ever.
+        rotation = jax.custom_batching.sequential_vmap(lambda k: nnx.initializers.orthogonal()(k, (64, 64)))
+        turns = jax.vmap(rotation)(jax.random.split(key, 3))
         weights = 2**.5*turns[0, :inputs], 2**.5*turns[1], length*turns[2, :, :outputs] # a part of a random rotation is orthogonal, too
         self.weights, self.biases = nnx.List(map(nnx.Param, weights)), nnx.List([nnx.Param(jnp.zeros(w.shape[1])) for w in weights])
 

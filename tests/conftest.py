@@ -24,3 +24,13 @@ def toy(tmp_path_factory) -> str:
     config = ModelConfig(len(tokenizer), 16, 2, 2, 1, 8, 32, max_length=128)
     save_model(Transformer(config, key=jax.random.key(0)), tokenizer, folder)
     return str(folder)
+
+# What takes longest, longest first. With two processes nothing long is then left when one of them has no more to do.
+LONG = '''test_quickstart test_app test_hosts test_regressions afternoon 62_first test_prefer 45_judges 34_dpo 32_reward 20_model test_cli 35_online 31_sft
+    30_train 47_compare 44_quickstart test_bad_input 00_core 69_app 33_ppo 57_inside 38_prefer test_readme test_mesh'''.split()
+
+def pytest_collection_modifyitems(items):
+    "A file is one process's work, as what its tests share is made once; of the notebooks, each is by itself."
+    for item in items: item.add_marker(pytest.mark.xdist_group(item.callspec.id if item.path.stem == 'test_notebooks' else item.path.stem))
+    group = lambda item: item.get_closest_marker('xdist_group').args[0]
+    items.sort(key=lambda item: LONG.index(group(item)) if group(item) in LONG else len(LONG))
