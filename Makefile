@@ -5,6 +5,8 @@ PYTHON ?= $(shell for extra in ensurepip sys; do for p in python3.12 python3.11 
   $$p -c "import sys, $$extra; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))" 2>/dev/null && { echo $$p; exit; }; done; done)
 BIN := .venv/bin
 ARGS ?=
+# What Python has compiled is kept; otherwise each process begins with ten seconds of compiling libraries (images often switch it off).
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: help quickstart app test test-slow docs bench notebooks readme constraints clean
 .DELETE_ON_ERROR:
