@@ -5,7 +5,7 @@ import pytest
 # There is much to compile here and little to compute. Child processes inherit it.
 os.environ.setdefault('JAX_DISABLE_MOST_OPTIMIZATIONS', '1')
 # And what was compiled once is there when the tests run again, in the folder where the command line keeps such things.
-os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0.1')
+os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0')
 import jax
 from rlhf_lab.cli import keep_programs
 keep_programs()
