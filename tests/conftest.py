@@ -4,6 +4,7 @@ import pytest
 
 # There is much to compile here and little to compute. Child processes inherit it.
 os.environ.setdefault('JAX_DISABLE_MOST_OPTIMIZATIONS', '1')
+os.environ.setdefault('XLA_FLAGS', '--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1') # a quarter less time than without
 # And what was compiled once is there when the tests run again, in the folder where the command line keeps such things.
 os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0')
 import jax
@@ -29,6 +30,7 @@ def toy(tmp_path_factory) -> str:
 LONG = '''test_quickstart test_app test_hosts test_regressions afternoon 62_first test_prefer 45_judges 34_dpo 32_reward 20_model test_cli 35_online 31_sft
     30_train 47_compare 44_quickstart test_bad_input 00_core 69_app 33_ppo 57_inside 38_prefer test_readme test_mesh'''.split()
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
     "A file is one process's work, as what its tests share is made once; of the notebooks, each is by itself."
     for item in items: item.add_marker(pytest.mark.xdist_group(item.callspec.id if item.path.stem == 'test_notebooks' else item.path.stem))
