@@ -21,7 +21,7 @@ app: .venv/.app ## compare the models side by side and vote
 	$(BIN)/python app.py $(ARGS)
 
 test: .venv/.dev ## everything but the slow tests
-	$(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder $(ARGS)
+	$(BIN)/python -m pytest -n 2 $(ARGS)
 
 test-slow: .venv/.dev ## the tests that take minutes
 	$(BIN)/python -m pytest -m slow -o faulthandler_timeout=0 $(ARGS)

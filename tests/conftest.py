@@ -27,12 +27,17 @@ def toy(tmp_path_factory) -> str:
     return str(folder)
 
 # What takes longest, longest first. With two processes nothing long is then left when one of them has no more to do.
-LONG = '''test_quickstart test_app test_hosts test_regressions afternoon 62_first test_prefer 45_judges 34_dpo 32_reward 20_model test_cli 35_online 31_sft
-    30_train 47_compare 44_quickstart test_bad_input 00_core 69_app 33_ppo 57_inside 38_prefer test_readme test_mesh'''.split()
+LONG = '''test_quickstart test_app test_hosts test_regressions 45_judges 34_dpo 47_compare 35_online 30_train 44_quickstart 20_model 32_reward afternoon test_prefer
+    test_cli 23_generate 33_ppo 38_prefer test_smollm2 31_sft 37_practise 57_inside test_bad_input 43_xray 39_control test_readme test_mesh'''.split()
 
-@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    "A file is one process's work, as what its tests share is made once; of the notebooks, each is by itself."
-    for item in items: item.add_marker(pytest.mark.xdist_group(item.callspec.id if item.path.stem == 'test_notebooks' else item.path.stem))
-    group = lambda item: item.get_closest_marker('xdist_group').args[0]
-    items.sort(key=lambda item: LONG.index(group(item)) if group(item) in LONG else len(LONG))
+    place = lambda item: item.callspec.id if item.path.stem == 'test_notebooks' else item.path.stem
+    items.sort(key=lambda item: LONG.index(place(item)) if place(item) in LONG else len(LONG))
+
+def pytest_xdist_make_scheduler(config, log):
+    "With several processes a file is the work of one, as what its tests share is made once; of the notebooks, each is by itself."
+    from xdist.scheduler import LoadScopeScheduling
+    class Files(LoadScopeScheduling):
+        def _split_scope(self, nodeid): return nodeid if 'test_notebooks' in nodeid else nodeid.split('::')[0]
+    config.option.loadscopereorder = False
+    return Files(config, log)
