@@ -281,6 +281,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'rlhf_lab.data.clean_text': ('data.html#clean_text', 'rlhf_lab/data.py'),
                                'rlhf_lab.data.collate': ('data.html#collate', 'rlhf_lab/data.py'),
                                'rlhf_lab.data.common_start': ('data.html#common_start', 'rlhf_lab/data.py'),
+                               'rlhf_lab.data.even_size': ('data.html#even_size', 'rlhf_lab/data.py'),
                                'rlhf_lab.data.fingerprint': ('data.html#fingerprint', 'rlhf_lab/data.py'),
                                'rlhf_lab.data.first_line': ('data.html#first_line', 'rlhf_lab/data.py'),
                                'rlhf_lab.data.load_rows': ('data.html#load_rows', 'rlhf_lab/data.py'),

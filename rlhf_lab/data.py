@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['WIDTHS', 'look_for_hub', 'as_table', 'first_line', 'load_rows', 'clean_text', 'clean_row', 'clean_rows', 'split_rows',
            'prompt_texts', 'report', 'check_source', 'Example', 'tokenize_answers', 'tokenize_rows', 'show_rows',
-           'collate', 'common_start', 'pack_rows', 'fingerprint', 'check_fingerprint', 'Batches', 'of_rows']
+           'collate', 'common_start', 'pack_rows', 'even_size', 'fingerprint', 'check_fingerprint', 'Batches',
+           'of_rows']
 
 # %% ../nbs/11_data.ipynb #4f99a399
 import functools, hashlib, json, re, unicodedata, zlib
@@ -267,6 +268,14 @@ def pack_rows(
         row.append(int(i))
         room[(width if free is None else free) - lengths[i]].append(row)
     return rows
+
+# %% ../nbs/11_data.ipynb #7b8b88b3
+def even_size(
+    count: int, # Rows there are, at least one
+    most: int, # Rows in a batch at most
+) -> int:
+    "How many go into each of the fewest batches."
+    return -(-count//-(-count//most))
 
 # %% ../nbs/11_data.ipynb #07101e36
 def fingerprint(

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Literal
 import jax, numpy as np
 from .core import Array, Batch, Rollout, UsageError
-from .data import Example, collate, common_start, load_rows, tokenize_rows
+from .data import Example, collate, common_start, even_size, load_rows, tokenize_rows
 from .generate import completions, generate
 from .lora import on_trunk
 from .model import Transformer, fast_precision, score_tokens
@@ -99,7 +99,7 @@ def _logprobs(model, batch, temperature): return score_tokens(model, batch, temp
 
 def _in_batches(items: list, size: int):
     "Equal batches, the last one filled up with copies of its last item; and how many are real."
-    size = -(-len(items)//-(-len(items)//size)) # no more than it takes in so many batches
+    size = even_size(len(items), size)
     for start in range(0, len(items), size):
         some = items[start:start + size]
         yield start, len(some), some + some[-1:]*(size - len(some))

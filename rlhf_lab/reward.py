@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Literal
 from .choices import bradley_terry, rao_kupper
 from .core import Array, Batch, CheckpointError, DataError, Float, Pairs, UsageError, both, masked_mean
-from .data import Batches, load_rows, prompt_text, tokenize_rows
+from .data import Batches, even_size, load_rows, prompt_text, tokenize_rows
 from .lora import HeadParam, add_head, add_lora, on_trunk, share
 from .mesh import on_mesh, spread_rows, under, gathered
 from .model import Transformer
@@ -297,7 +297,7 @@ def model_reward(judge: Transformer, pool, batch_size: int = 64): # rollout → 
     graph, state = nnx.split(judge)
     def judged(rollout):
         batch = Batch(rollout.tokens, rollout.mask, below=rollout.below if judge.split else None, shared=rollout.shared)
-        size = -(-len(rollout.tokens)//-(-len(rollout.tokens)//batch_size)) # as equal as they come: seldom a second program
+        size = even_size(len(rollout.tokens), batch_size) # seldom a second program
         parts = [jax.tree.map(lambda x: x[i:i + size], batch) for i in range(0, len(rollout.tokens), size)]
         return np.concatenate([np.asarray(gathered(ask_judge(graph, pool, state, spread_rows(part, state)))) for part in parts])
     return judged
