@@ -52,7 +52,7 @@ CSS = '''
 #duel .card h2 { margin-bottom: .5rem !important; }
 #duel { display: grid; grid-template-columns: repeat(2, minmax(0, 1fr)); gap: 1rem; --accent: #70757e; }
 #stage-base { --accent: #70757e; } #stage-sft { --accent: #3a70ae; }
-#stage-ppo { --accent: #9a600f; } #stage-dpo { --accent: #317a57; }
+#stage-ppo { --accent: #9a600f; } #stage-dpo { --accent: #317a57; } #stage-voted { --accent: #8a4a78; }
 #columns .stage:has(.missing) { border: 1px dashed var(--line) !important; background: transparent; }
 .stage:has(.missing) h2 { color: var(--soft) !important; }
 .stage .answer, .answer > [data-testid=markdown-wrapper], .answer [data-testid=markdown], .answer .md, .card {
@@ -169,7 +169,7 @@ def page(models, store: Feedback) -> gr.Blocks:
     "All tabs."
     engine, own = Engine(), models.own if isinstance(models, Served) else models
     folder, folders = getattr(own, 'folder', 'runs/quickstart'), getattr(models, 'folders', lambda: [folder])
-    shop = Workshop(folder, getattr(own, 'base', ''))
+    shop = Workshop(folder, getattr(own, 'base', ''), store=str(store.path or ''))
     desk, arena, archive, inside = Desk(models, store, engine), Arena(models, store, engine), Archive(store, lasting('data/exports')), Inside(models, store)
     with gr.Blocks(title='rlhf_lab', analytics_enabled=False, fill_width=True) as demo:
         markdown('# rlhf_lab\nAsk four models, vote, look inside, and see what your votes become.', elem_id='title')

@@ -8,7 +8,7 @@ __all__ = ['CHOICES', 'WHY_SKIP', 'SCORES', 'ENOUGH', 'blind_card', 'ballots', '
 
 # %% ../nbs/55_arena.ipynb #9975bd80
 import json, time, gradio as gr, numpy as np
-from .answers import STAGES, Answer, grid, inert, message, person
+from .answers import COLUMNS, Answer, grid, inert, message, person
 from .asking import close_battle, open_battle
 from .board import board, pair_chances, votes_needed
 from .chat import AT_ONCE, BUSY, EXAMPLES, IDLE, QUIET, Asking, markdown, sampling_controls
@@ -57,7 +57,7 @@ class Arena(Asking):
         "Both answers as they grow: status, send, stop, both cards, reveal, the battle, ballot, undo."
         try:
             person(self.store, who)
-            left, right, pair_p = draw_battle([stage for stage in STAGES if not self.models.missing(stage)], ballots(self.store))
+            left, right, pair_p = draw_battle([stage for stage in COLUMNS if not self.models.missing(stage)], ballots(self.store))
             both = {left: Answer('warming'), right: Answer('warming')}
             async for changed in self.answers(prompt, (temperature, max_new_tokens, seed), who, (left, right), request):
                 both |= changed
@@ -108,7 +108,7 @@ class Arena(Asking):
 def reveal(store: Feedback, left: str, right: str, value: str) -> str:
     "Who wrote what, as a single line of HTML."
     kept = [store.generation(name) for name in (left, right)]
-    title = lambda one: STAGES.get(one['model'], (one['model'],))[0]
+    title = lambda one: COLUMNS.get(one['model'], (one['model'],))[0]
     mark = dict(a='✓ ✗', b='✗ ✓', both_good='✓ ✓', both_bad='✗ ✗').get(value, '– –').split()
     ends = {'stop': 'ended by itself', 'length': 'cut at the limit', 'stopped': 'stopped'}
     rows = [[f'{letter} {sign}', title(one), ends.get(one['finish_reason'], one['finish_reason']), (one['weights_sha256'] or '')[:12] or '–',
@@ -124,7 +124,7 @@ def standings(store: Feedback) -> str:
     "The board as a single line of HTML."
     votes = ballots(store)
     counted = [vote for vote in votes if vote['value'] in SCORES]
-    names = [stage for stage in STAGES if any(stage in (vote['first'], vote['second']) for vote in counted)]
+    names = [stage for stage in COLUMNS if any(stage in (vote['first'], vote['second']) for vote in counted)]
     if len(names) < 2: return '<div class="board"><h3>Board</h3><p class="hint">No votes yet. The first one puts two models on the board.</p></div>'
     left = np.mean([vote['value'] == 'a' for vote in counted if vote['value'] != 'both_good'] or [.5])
     facts = f'{len(votes)} blind votes, {len(votes) - len(counted)} of them “both bad”, which do not count. A was chosen in {left:.0%}. '
@@ -136,7 +136,7 @@ def tally(names: list, counted: list) -> tuple: # Titles, rows, and what to say
     won = lambda name: [vote for vote in counted if vote['value'] == 'ab'[vote['second'] == name] and name in (vote['first'], vote['second'])]
     seen = lambda name: [vote for vote in counted if name in (vote['first'], vote['second'])]
     ties = lambda name: [vote for vote in seen(name) if vote['value'] == 'both_good']
-    rows = [[STAGES[name][0], len(won(name)), len(ties(name)), len(seen(name)) - len(won(name)) - len(ties(name))] for name in names]
+    rows = [[COLUMNS[name][0], len(won(name)), len(ties(name)), len(seen(name)) - len(won(name)) - len(ties(name))] for name in names]
     return ['model', 'won', 'tied', 'lost'], rows, f'{ENOUGH - len(counted)} more votes until there are ratings.'
 
 def rated(names: list, counted: list) -> tuple: # Titles, rows, and what to say
@@ -145,17 +145,17 @@ def rated(names: list, counted: list) -> tuple: # Titles, rows, and what to say
     first, second = ([number[vote[side]] for vote in counted] for side in ('first', 'second'))
     try: places, over_people = board(names, first, second, [SCORES[vote['value']] for vote in counted], [vote['voter'] for vote in counted])
     except ValueError as error: return titles, [], str(error)
-    rows = [[f'{place.best}–{place.worst}' if place.best < place.worst else place.best, STAGES[place.name][0], f'{place.rating:.0f}',
+    rows = [[f'{place.best}–{place.worst}' if place.best < place.worst else place.best, COLUMNS[place.name][0], f'{place.rating:.0f}',
         f'{place.low:.0f} – {place.high:.0f}', place.votes] for place in places]
     anew = 'people' if over_people else 'votes'
-    return titles, rows, f'{STAGES[names[0]][0]} stands at 1000; 95 % intervals by drawing {anew} anew. ' + ' '.join(missing(places, counted))
+    return titles, rows, f'{COLUMNS[names[0]][0]} stands at 1000; 95 % intervals by drawing {anew} anew. ' + ' '.join(missing(places, counted))
 
 def missing(places: list, counted: list) -> list: # Sentences
     "How many votes neighbours on the board still need."
     said = []
     for high, low in zip(places, places[1:]):
         had = sum({vote['first'], vote['second']} == {high.name, low.name} for vote in counted)
-        more, pair = votes_needed(high.rating - low.rating, had), f'{STAGES[high.name][0]} and {STAGES[low.name][0]}'
+        more, pair = votes_needed(high.rating - low.rating, had), f'{COLUMNS[high.name][0]} and {COLUMNS[low.name][0]}'
         if more is None: said.append(f'{pair} look alike.')
         elif more: said.append(f'{more} more votes to separate {pair}.')
     return said

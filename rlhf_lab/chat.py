@@ -11,14 +11,14 @@ __all__ = ['THUMBS', 'REASONS', 'BUSY', 'IDLE', 'QUIET', 'AT_ONCE', 'EXAMPLES', 
 import os, threading
 os.environ.update(GRADIO_ANALYTICS_ENABLED='False', HF_HUB_DISABLE_TELEMETRY='1', DO_NOT_TRACK='1') # before gradio
 import gradio as gr
-from .answers import STAGES, Answer, converse, inert, known, message, person, start, within
+from .answers import COLUMNS, STAGES, Answer, converse, inert, known, message, person, start, within
 from .core import LabError
 from .feedback import Feedback
 
 # %% ../nbs/54_chat.ipynb #edda462d
 def card(stage: str, answer: Answer) -> str:
     "One column as a single line of HTML."
-    title, what = STAGES[stage]
+    title, what = COLUMNS[stage]
     finish = {'stop': 'ended', 'length': 'cut at the limit', 'stopped': 'stopped'}.get(answer.finish, inert(answer.finish) or 'writing')
     nothing = '(the model ended immediately)' if answer.finish == 'stop' else '(nothing yet)'
     text = f'<div class="text" dir="auto">{inert(answer.text.strip()) or nothing}</div>'
@@ -73,7 +73,7 @@ class Desk(Asking):
     "What the chat can do: one method for each event."
     async def ask(self, prompt: str, chosen: list, temperature: float, max_new_tokens: int, seed: int, who: str, request: gr.Request):
         "Answers as they grow: status, send, stop, panel, ids, then the columns."
-        stages, ids, ended = tuple(stage for stage in STAGES if stage in (chosen or ())), {}, {}
+        stages, ids, ended = tuple(stage for stage in COLUMNS if stage in (chosen or ())), {}, {}
         try:
             async for changed in self.answers(prompt, (temperature, max_new_tokens, seed), who, stages, request):
                 ended |= changed
@@ -96,8 +96,8 @@ class Desk(Asking):
                 answer = Answer(id=name, vote=self.store.value(name, secret))
             except LabError as error: return message(f'Not saved: {error}'), *[gr.skip()]*5
             said = {'up': 'liked', 'down': 'disliked', 'none': 'vote withdrawn'}[answer.vote]
-            status = message(f'Saved ✓ {STAGES[stage][0]} #{name[-6:]}: {said}')
-            title = f'<h3>What was wrong with the answer of {STAGES[stage][0]}?</h3>'
+            status = message(f'Saved ✓ {COLUMNS[stage][0]} #{name[-6:]}: {said}')
+            title = f'<h3>What was wrong with the answer of {COLUMNS[stage][0]}?</h3>'
             return status, thumb(answer, 'up'), thumb(answer, 'down'), gr.update(visible=answer.vote == 'down'), title, stage
         return handler
 
@@ -112,23 +112,23 @@ def explain(desk: Desk, stage: str, reasons: list, comment: str, better: str, id
                 ui=dict(tab='chat'))
             if (better or '').strip(): desk.store.judge('edit', [name], dict(completion=better[:8000]), session=who, ui=dict(tab='chat'))
     except LabError as error: return message(f'Not saved: {error}')
-    return message(f'Saved ✓ {STAGES[stage][0]} #{name[-6:]}: ' + ('a better answer, and why' if (better or '').strip() else 'why'))
+    return message(f'Saved ✓ {COLUMNS[stage][0]} #{name[-6:]}: ' + ('a better answer, and why' if (better or '').strip() else 'why'))
 
 def undo(desk: Desk, stage: str, ids: dict, who: str):
     "Take back all that was said of an answer: status, the two buttons of each column, panel."
-    name, nothing = known(ids).get(stage, ''), [gr.skip()]*2*len(STAGES)
+    name, nothing = known(ids).get(stage, ''), [gr.skip()]*2*len(COLUMNS)
     try:
         annotator = person(desk.store, who)['annotator_id']
         said = [desk.store.last(f'{kind} {name}', annotator) for kind in ('thumb', 'edit')]
         for event in filter(None, said): desk.store.withdraw(event['id'])
     except LabError as error: return [message(f'Not saved: {error}'), *nothing, gr.skip()]
-    looks = [thumb(Answer(id=name), value) if one == stage else gr.skip() for one in STAGES for value in THUMBS]
+    looks = [thumb(Answer(id=name), value) if one == stage else gr.skip() for one in COLUMNS for value in THUMBS]
     return [message(f'Taken back ✓ #{name[-6:]}'), *looks, gr.update(visible=False)]
 
 def restore(desk: Desk, ids: dict, who: str):
     "The last answers of this browser, as the store remembers them: prompt, then the columns."
     answers, prompt = {}, gr.skip()
-    for stage in STAGES:
+    for stage in COLUMNS:
         answers[stage] = start(desk.models, stage, 'empty')
         try:
             person(desk.store, who)
@@ -139,7 +139,7 @@ def restore(desk: Desk, ids: dict, who: str):
     return [prompt, *columns(answers)]
 
 def columns(answers: dict) -> list: # Of updates; a column that did not change is left alone
-    parts = [column(stage, answers[stage]) if stage in answers else [gr.skip()]*3 for stage in STAGES]
+    parts = [column(stage, answers[stage]) if stage in answers else [gr.skip()]*3 for stage in COLUMNS]
     return [update for part in parts for update in part]
 
 # %% ../nbs/54_chat.ipynb #3fdf8c53
@@ -159,9 +159,9 @@ def sampling_controls() -> list:
 def answer_columns(models) -> tuple: # The columns, and the card, 👍, 👎 of each stage
     parts, places = [], []
     with gr.Row(elem_id='columns'):
-        for stage in STAGES:
+        for stage in COLUMNS:
             shown = card(stage, start(models, stage, 'empty'))
-            with gr.Column(elem_id=f'stage-{stage}', elem_classes=['stage']) as place:
+            with gr.Column(elem_id=f'stage-{stage}', elem_classes=['stage'], visible=stage in STAGES) as place:
                 parts.append(markdown(shown, elem_id=f'answer-{stage}', elem_classes=['answer']))
                 with gr.Row(elem_classes=['thumbs']): parts += [gr.Button(THUMBS[value][False], size='sm',
                     elem_id=f'{value}-{stage}', elem_classes=['thumb'], visible=False) for value in THUMBS]
@@ -186,7 +186,7 @@ def chat_tab(desk: Desk, ids, who) -> tuple: # For the page: the prompt, the par
         placeholder='Continue this film review: …')
     with gr.Row(elem_id='examples'): [gr.Button(text, size='sm') for text in EXAMPLES] # a script copies them
     with gr.Accordion('Settings, the same for all', open=False):
-        chosen = gr.CheckboxGroup([(title, stage) for stage, (title, _) in STAGES.items()], value=list(STAGES), label='Models', elem_id='models')
+        chosen = gr.CheckboxGroup([(title, stage) for stage, (title, _) in COLUMNS.items()], value=list(STAGES), label='Models', elem_id='models')
         with gr.Row(): controls = sampling_controls()
     with gr.Row(elem_id='actions'):
         send, stop = gr.Button('Ask', variant='primary', elem_id='send'), gr.Button('Stop', visible=False, elem_id='stop')
@@ -198,8 +198,8 @@ def chat_tab(desk: Desk, ids, who) -> tuple: # For the page: the prompt, the par
     send.click(desk.ask, [prompt, chosen, *controls, who], [status, send, stop, panel, ids, *parts], trigger_mode='once',
         concurrency_limit=None, **QUIET)
     stop.click(desk.stop, **AT_ONCE)
-    chosen.change(lambda chosen: [gr.update(visible=stage in chosen) for stage in STAGES], chosen, places, **AT_ONCE)
-    for i, stage in enumerate(STAGES):
+    chosen.change(lambda chosen: [gr.update(visible=stage in chosen) for stage in COLUMNS], chosen, places, **AT_ONCE)
+    for i, stage in enumerate(COLUMNS):
         both = parts[3*i + 1:3*i + 3]
         for button, value in zip(both, THUMBS):
             button.click(desk.vote(stage, value), [button, ids, who], [status, *both, panel, title, judged], **AT_ONCE)

@@ -10,6 +10,7 @@ __all__ = ['StoreConfig', 'FeedbackListConfig', 'list_feedback', 'stats', 'Feedb
 # %% ../nbs/19_clerk.ipynb #db21696a
 import dataclasses, json
 from collections import Counter
+from pathlib import Path
 import sqlalchemy as sa
 from .exports import Filters, freeze, tally, write_csv
 from .feedback import LAST, Feedback, checkpoint, dataset_version, event, generation
@@ -99,6 +100,9 @@ def withdraw(config: FeedbackWithdrawConfig):
     print('withdrawn' if done else 'was withdrawn before')
     if receipt['versions']: print(f'released before in {", ".join(receipt["versions"])}')
     for row in receipt['checkpoints']: print(f'learned from by {row["name"]} {row["run"]} {row["weights_sha256"][:12]}')
+    if rounds := [row for row in receipt['checkpoints'] if 'rounds' in Path(row['run']).parts]:
+        place = Path(rounds[-1]['run']).parents[2] # <run of the loop>/rounds/<n>/<method>
+        print(f'retrain without it: rlhf-lab iterate --config {place}/config.json --rounds {rounds[-1]["iteration"] + 1} --resume')
 
 @dataclasses.dataclass
 class FeedbackEraseConfig(StoreConfig):

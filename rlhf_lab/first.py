@@ -9,7 +9,7 @@ __all__ = ['FIRST', 'to_bytes', 'pack_adapter', 'wear', 'read_samples', 'roundin
 # %% ../nbs/62_first.ipynb #178174eb
 import fcntl, hashlib, importlib.resources, json, re, gradio as gr, numpy as np
 from pathlib import Path
-from .answers import COMMAND, STAGES, Answer, Models, grid, message
+from .answers import COMMAND, LEARN, STAGES, Answer, Models, grid, message
 from .chat import AT_ONCE, columns, markdown, restore
 from .core import CheckpointError
 from .runs import digest, write_file
@@ -129,7 +129,7 @@ def pack_run(
 # %% ../nbs/62_first.ipynb #10dfa0ec
 class Recorded(Models):
     "The models of a bundle."
-    def missing(self, stage: str) -> str: return ''
+    def missing(self, stage: str) -> str: return '' if stage in STAGES else LEARN
 
     @property
     def record(self) -> dict: return json.loads((self.folder/'record.json').read_text(encoding='utf-8'))
@@ -192,6 +192,8 @@ class Served:
         return json.loads((self.folder/'answers.json').read_text(encoding='utf-8')) if self.now is self.first else []
 
     def missing(self, stage: str) -> str: return self.now.missing(stage)
+
+    def place(self, stage: str) -> Path: return self.now.place(stage)
 
     def load(self, stage: str): return self.now.load(stage)
 

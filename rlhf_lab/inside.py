@@ -9,7 +9,7 @@ __all__ = ['MEASURES', 'EARNED', 'LONGEST', 'PROBES', 'encoded', 'one_row', 'rea
 # %% ../nbs/57_inside.ipynb #061b4686
 import collections, threading, gradio as gr
 from pathlib import Path
-from .answers import STAGES, grid, inert, known, message, person, sentence
+from .answers import COLUMNS, grid, inert, known, message, person, sentence
 from .chat import EXAMPLES, QUIET, markdown
 from .core import LabError
 
@@ -53,7 +53,7 @@ def identity(found: dict, measure: str, reference: str) -> str:
     from rlhf_lab.attribution import number
     name = max(found, key=lambda name: abs(float(found[name]['log_ratio'].sum())))
     total = lambda of, each: number(float(found[of][each].sum()))
-    title = STAGES[name][0]
+    title = COLUMNS[name][0]
     return {'logprob': f'{title}: the log-probability of the answer is the sum over its tokens, {total(name, "logprob")} nats.',
         'log_ratio': f'{title}: {total(name, "logprob")} − ({total(reference, "logprob")}) of the reference = {total(name, "log_ratio")} nats.',
         'kl': f'{title}: {total(name, "kl")} nats in all; no token is below 0, and the reference itself has {total(reference, "kl")}.',
@@ -67,8 +67,8 @@ def token_maps(parts: list, found: dict, measure: str, reference: str, said: str
     title, unit = (MEASURES | EARNED)[measure]
     shown = {name: values for name, values in found.items() if measure in values}
     most = max((float(abs(values[measure]).max()) for values in shown.values()), default=0.)
-    rows = [[STAGES[name][0] + ' (reference)'*(name == reference), *(number(float(values[each].sum())) for each in MEASURES)] for name, values in found.items()]
-    maps = ''.join(f'<h3>{"Reward model" if measure == "attribution" else STAGES[name][0]}</h3>{heat_map(parts, values[measure], f"{title}, {unit}", most)}' for name, values in shown.items())
+    rows = [[COLUMNS[name][0] + ' (reference)'*(name == reference), *(number(float(values[each].sum())) for each in MEASURES)] for name, values in found.items()]
+    maps = ''.join(f'<h3>{"Reward model" if measure == "attribution" else COLUMNS[name][0]}</h3>{heat_map(parts, values[measure], f"{title}, {unit}", most)}' for name, values in shown.items())
     table = grid(['sum over the answer', *(title for title, _ in MEASURES.values())], rows)
     line = f'<p class="identity">{inert(said or identity(found, measure, reference))}</p>'
     return f'<div class="inside">{table}{line}{maps}</div>'.replace('\n', ' ')
@@ -142,7 +142,7 @@ class Inside:
     "What the tab can do: one method for each event. One computation at a time."
     def __init__(self, models, store): self.models, self.store, self.one, self.forks = models, store, threading.Lock(), collections.OrderedDict()
 
-    def there(self) -> list: return [stage for stage in STAGES if not self.models.missing(stage)]
+    def there(self) -> list: return [stage for stage in COLUMNS if not self.models.missing(stage)]
 
     def take(self, stage: str, ids: dict, who: str) -> tuple: # Prompt, answer, status
         "The last answer of a column of the chat."
@@ -201,7 +201,7 @@ class Inside:
                 instead = encoded(model, tokenizer, prompt, better)[1] if (better or '').strip() else None
                 done = copy.teach(start, said, better=instead, liked=value == 'up')
             lessons = len(copy.states) - 1
-            yield message(f'{STAGES[stage][0]} has had {lessons} lesson{"s"[:lessons != 1]}.'), lesson_shown(tokenizer, [prompt, *PROBES], done)
+            yield message(f'{COLUMNS[stage][0]} has had {lessons} lesson{"s"[:lessons != 1]}.'), lesson_shown(tokenizer, [prompt, *PROBES], done)
         except Exception as error: yield message(sentence(error)), gr.skip()
 
     def undo(self, stage: str, request: gr.Request): # Status, what happened
@@ -213,7 +213,7 @@ class Inside:
 # %% ../nbs/57_inside.ipynb #2c6789e8
 def inside_tab(inside: Inside, ids, who) -> tuple: # Prompt, answer, model: for the button in the chat
     "The components of the X-ray, and what happens when they are touched."
-    there = [(STAGES[stage][0], stage) for stage in STAGES]
+    there = [(COLUMNS[stage][0], stage) for stage in COLUMNS]
     prompt = gr.Textbox(label='Prompt', elem_id='x-prompt', lines=1, max_lines=4, max_length=4096)
     answer = gr.Textbox(label='Answer, of a model or your own', elem_id='x-answer', lines=2, max_lines=8, max_length=4096)
     with gr.Row(elem_classes=['actions']):

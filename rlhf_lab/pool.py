@@ -13,7 +13,7 @@ import numpy as np, sqlalchemy as sa
 from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Literal, NamedTuple
-from .answers import STAGES, Models
+from .answers import COLUMNS, Models
 from .asking import add_item
 from .clerk import StoreConfig
 from .core import DataError, LabError, UsageError
@@ -95,7 +95,7 @@ def ask_models(
     draw: random.Random,
 ) -> list: # Ids of two generations
     "Two answers to a prompt, kept."
-    there = [stage for stage in STAGES if not models.missing(stage)]
+    there = [stage for stage in COLUMNS if not models.missing(stage)]
     if not there: raise LabError('no model is there to answer prompts: train one, or give a file with answers')
     names, conversation = [], ulid()
     for stage in draw.sample(there*2 if len(there) < 2 else there, 2):

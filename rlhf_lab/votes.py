@@ -8,7 +8,7 @@ __all__ = ['NOTICE', 'SCOPE', 'KINDS', 'ABOUT', 'local', 'in_charge', 'agree', '
 
 # %% ../nbs/56_votes.ipynb #6cd2fa05
 import hmac, ipaddress, json, time, gradio as gr
-from .answers import CONSENT, STAGES, grid, inert, message, person
+from .answers import COLUMNS, CONSENT, LEARN, grid, inert, message, person
 from .chat import AT_ONCE, QUIET, markdown
 from .core import LabError, UsageError
 from .exports import Filters, freeze, reasons, sift, tally
@@ -98,7 +98,7 @@ def meaning(row: dict) -> str: # Of an event
 def table(rows: list[dict]) -> str:
     "Events as a table, as a single line of HTML."
     lines = [[time.strftime('%d %b %H:%M', time.gmtime(row['ts']/1e6)), row['kind'] + (' (replaced)' if not row['live'] else ''), meaning(row),
-        ' / '.join(STAGES.get(name, (name,))[0] for name in row['models']), ', '.join(row['reason_codes']), short(row['prompt'], 40),
+        ' / '.join(COLUMNS.get(name, (name,))[0] for name in row['models']), ', '.join(row['reason_codes']), short(row['prompt'], 40),
         short(' / '.join(row['completions'])), row['id'][-6:]] for row in rows]
     if not lines: return '<p class="hint">Nothing matches.</p>'
     return grid(['when, UTC', 'kind', 'said', 'model', 'reasons', 'prompt', 'answer', '#'], lines)
@@ -152,7 +152,9 @@ class Archive:
             provenance(self.store, name or '', person(self.store, who)['annotator_id'])
             done = self.store.withdraw(name)
         except LabError as error: return message(f'Not taken back: {error}')
-        return message(f'Taken back ✓ #{name[-6:]}: it is in no later export.' if done else 'It was taken back before.')
+        taught = ', '.join(row['name'] for row in self.store.receipt(name)['checkpoints'])
+        again = f' {taught} learned from it: {LEARN} makes the next model without it.' if taught else ''
+        return message((f'Taken back ✓ #{name[-6:]}: it is in no later export.' if done else 'It was taken back before.') + again)
 
     def moderate(self, name, value, token, request: gr.Request) -> str: # Status
         "Take the answers of an event out of exports, or let them in again."
@@ -196,7 +198,7 @@ def votes_tab(archive: Archive, tab, who):
     "The components of the table, and what happens when they are touched."
     with gr.Row(elem_id='filters'):
         kinds = gr.Dropdown(KINDS, multiselect=True, label='Kinds', elem_id='kinds')
-        models = gr.Dropdown([(title, stage) for stage, (title, _) in STAGES.items()], multiselect=True, label='Models', elem_id='of-models')
+        models = gr.Dropdown([(title, stage) for stage, (title, _) in COLUMNS.items()], multiselect=True, label='Models', elem_id='of-models')
         words = gr.Textbox(label='Words', max_length=200, elem_id='words')
         everybody = gr.Checkbox(False, label='Everybody’s (admin)', elem_id='everybody')
     counts, rows = markdown('', elem_id='counts'), markdown('', elem_id='events')

@@ -39,7 +39,7 @@ class Toy:
     says = {'base': HOSTILE, 'sft': 'It is a good film, I think.', 'ppo': 'Wonderful. Wonderful. Wonderful.',
         'dpo': 'Quiet, and very funny.'}
     def __init__(self, folder = None): self.folder = folder # Of a tiny model
-    def missing(self, stage): return COMMAND if stage in self.gone else ''
+    def missing(self, stage): return COMMAND if stage in self.gone or stage not in STAGES else ''
     def load(self, stage):
         import jax
         from rlhf_lab.model import Transformer
@@ -456,7 +456,7 @@ def test_u1_no_tab_keeps_anybody_out(visit, store, axe):
 def test_a_first_visit_without_checkpoints_base_model_or_network(browser, tmp_path, monkeypatch):
     work = "import pathlib, sys, time; pathlib.Path(sys.argv[1]).mkdir(); print('PPO 3/10 · 3:54 left', flush=True); time.sleep(60)"
     shops = []
-    monkeypatch.setattr(lab, 'Workshop', lambda run, base: shops.append(Workshop(run, base, lambda folder, kind, base: [sys.executable, '-c', work, str(folder)])) or shops[-1])
+    monkeypatch.setattr(lab, 'Workshop', lambda run, base, store: shops.append(Workshop(run, base, lambda folder, kind, source: [sys.executable, '-c', work, str(folder)], store)) or shops[-1])
     app = lab.build(Served(tmp_path/'runs/quickstart', str(tmp_path/'nowhere')), Feedback(tmp_path/'votes.db'))[0]
     with listening(app) as address:
         context = browser.new_context(viewport=dict(width=390, height=800)); page = context.new_page()

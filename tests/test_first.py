@@ -97,7 +97,7 @@ if mood == 'ends': (folder/'table.json').write_text('[]'); sys.exit(0)
 time.sleep(60)
 '''
 
-def shop(tmp_path, mood): return Workshop(tmp_path/'runs/quickstart', command=lambda folder, kind, base: [sys.executable, '-c', WORK, str(folder), mood])
+def shop(tmp_path, mood): return Workshop(tmp_path/'runs/quickstart', command=lambda folder, kind, source: [sys.executable, '-c', WORK, str(folder), mood])
 
 def until(condition):
     for _ in range(200):
