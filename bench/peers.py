@@ -2,7 +2,7 @@
 
 Each variant lives in a process of its own, so that its peak memory is its own; one of them works at a time.
 Needs `pip install 'rlhf_lab[bench]'`."""
-import argparse, json, os, statistics, subprocess, sys, tempfile, time
+import argparse, json, os, select, statistics, subprocess, sys, tempfile, time
 from pathlib import Path
 
 LONG, NEW, PAIRS = 64, 64, 4 # Tokens of a prompt and of a completion; pairs in an update
@@ -303,14 +303,16 @@ def work(case: str, variant: str):
 
 class Worker:
     "A variant in a process of its own."
-    def __init__(self, case: str, variant: str):
+    def __init__(self, case: str, variant: str, patience: float):
+        self.patience = patience # Seconds to get ready, and for a turn
         env = dict(os.environ, HF_HUB_OFFLINE='1', TOKENIZERS_PARALLELISM='false', TRANSFORMERS_VERBOSITY='error', HF_DATASETS_DISABLE_PROGRESS_BARS='1')
         self.log = tempfile.TemporaryFile('w+')
         self.process = subprocess.Popen([sys.executable, __file__, '--work', case, variant], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log, text=True, env=env)
         self.hear()
         self.first = self.turn()['seconds']
 
-    def hear(self) -> dict:
+    def hear(self) -> dict: # Raises TimeoutError
+        if not select.select([self.process.stdout], [], [], self.patience)[0]: self.end(); raise TimeoutError
         if line := self.process.stdout.readline(): return json.loads(line)
         self.log.seek(0)
         raise SystemExit('\n'.join(self.log.read().strip().split('\n')[-12:]))
@@ -321,12 +323,15 @@ class Worker:
 
     def end(self): self.process.kill(); self.process.wait()
 
-def measure(case: str, repeats: int) -> list[dict]:
+def measure(case: str, repeats: int, patience: float) -> list[dict]:
     "A row for each variant of a case; ratios are of tokens per second, ours to theirs."
     tokens, variants = cases()[case]
     counts = dict(zip(variants, tokens if isinstance(tokens, tuple) else [tokens]*len(variants)))
-    workers = {name: Worker(case, name) for name in variants}
-    heard = {name: [] for name in variants}
+    workers = {}
+    for name in variants:
+        try: workers[name] = Worker(case, name, patience)
+        except TimeoutError: print(json.dumps(dict(bench='peers', case=case, variant=name, gave_up_after_seconds=patience)), flush=True)
+    heard = {name: [] for name in workers}
     for _ in range(repeats):
         for name, worker in workers.items(): heard[name].append(worker.turn())
     for worker in workers.values(): worker.end()
@@ -342,6 +347,7 @@ def measure(case: str, repeats: int) -> list[dict]:
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--repeats', type=int, default=5, help='timed turns of each variant')
+    parser.add_argument('--patience', type=float, default=180, help='seconds that a turn may take; a variant that needs more is left out, and that is said')
     parser.add_argument('--cases', default='', help='some of them, with commas between: ' + ', '.join(AIMS))
     parser.add_argument('--work', nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -350,7 +356,7 @@ def main():
     if unknown := set(chosen) - set(AIMS): raise SystemExit(f'there is no case {min(unknown)!r}: choose from ' + ', '.join(AIMS))
     missing = [name for name in ('torch', 'trl', 'peft') if subprocess.run([sys.executable, '-c', f'import {name}'], capture_output=True).returncode]
     if missing: raise SystemExit(f'{", ".join(missing)}: not installed; pip install "rlhf_lab[bench]"')
-    rows = [row for case in chosen for row in measure(case, args.repeats)]
+    rows = [row for case in chosen for row in measure(case, args.repeats, args.patience)]
     print(f'\n{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}\n\n| case | variant | ms (min – max) | tokens/s | ours is × | aim | peak MB | first turn, s |\n|' + ' --- |'*2 + ' --: |'*6)
     for row in rows:
         aim = AIMS[row['case']] if row['variant'] not in ('ours', 'our PPO, four roles') else ''

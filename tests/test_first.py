@@ -3,12 +3,13 @@ import importlib.util, json, os, shutil, subprocess, sys, time, tomllib
 from pathlib import Path
 import pytest
 from rlhf_lab import workshop
-from rlhf_lab.answers import STAGES, Models, inert
+from rlhf_lab.answers import LEARN, STAGES, Models, inert
 from rlhf_lab.core import CheckpointError, LabError
 from rlhf_lab.curves import find_runs, results, run_shown
+from rlhf_lab.feedback import Feedback
 from rlhf_lab.first import FIRST, Recorded, Served, toy_folder, wear
 from rlhf_lab.runs import digest, lock
-from rlhf_lab.workshop import Workshop, how_far, last_line
+from rlhf_lab.workshop import Workshop, how_far, last_line, rounds_of
 
 root = Path(__file__).resolve().parent.parent
 
@@ -153,6 +154,32 @@ def test_the_toy_is_trained_by_a_button_and_then_answers(tmp_path):
     for stage in STAGES:
         _, *words = served.answer(stage, 'we saw a film', seed=0, temperature=1., max_new_tokens=4)
         assert words
+
+@pytest.mark.slow
+def test_votes_become_the_next_model_by_a_button_and_a_vote_taken_back_is_not_in_the_one_after(tmp_path):
+    store, run = Feedback(tmp_path/'votes.db'), tmp_path/'runs/quickstart'
+    here, served = Workshop(run, store=str(store.path)), Served(run)
+    def train(kind):
+        here.start(kind)
+        assert here.process.wait(900) == 0, here.log().read_text()[-2000:]
+    train('tiny')
+    who, judged = store.session(scope=('store', 'train'), consent='test'), []
+    for row in map(json.loads, (here.begun/'pairs.jsonl').read_text().splitlines()[:40]):
+        ids = [store.record(row['prompt'], row[side], model='sft', session=who) for side in ('chosen', 'rejected')]
+        judged.append(store.judge('pair', ids, dict(value='a'), session=who))
+    assert served.missing('voted') == LEARN
+    train('votes')
+    (first,) = rounds_of(here.folders['votes'])
+    assert served.missing('voted') == ('' if first['promoted'] else LEARN) and inert('Round 1') in how_far(here)
+    if first['promoted']:
+        facts, *words = served.answer('voted', 'we saw a film', seed=0, temperature=1., max_new_tokens=4)
+        assert words and facts['weights'] == first['weights_sha256'] and facts['run'] == str(here.folders['votes'])
+    taught = next(name for name in judged if store.receipt(name)['checkpoints']) # one in ten prompts is for validation
+    store.withdraw(taught)
+    train('votes')
+    assert [row['gone'] for row in rounds_of(here.folders['votes'])] == [0, 1]
+    train('votes')
+    assert inert('No vote has come') in how_far(here)
 
 # A Space
 
