@@ -68,9 +68,9 @@ def model_card(models, stage: str, row: dict|None) -> str: # `row` of `table.jso
     if command := models.missing(stage): return f'<div class="board">{head}<p class="hint">Not served: there is no such model yet. This makes it:</p><p class="quote">{inert(command)}</p></div>'
     place = run_of(models, stage)
     kept = len(list((place/'adapters').glob('*.safetensors')))
-    looks = f'{kept} checkpoints of this run are kept: the policy can be asked as it was at each of them. ' if kept else ''
+    looks = f'{kept} checkpoints of this run are kept: the policy can be asked as it was at each of them. ' if kept and stage != 'voted' else ''
     if not kept and stage in ('ppo', 'dpo'): looks = 'No earlier checkpoints were kept: train with --snapshot-every 1 to look back. '
-    away = looks + (f'To take it away: AutoModelForCausalLM.from_pretrained("{last_part(place)}/model") of transformers reads the folder as it is.'
+    away = looks + (f'To take it away: AutoModelForCausalLM.from_pretrained("{"/".join(place.parts[-4 if stage == "voted" else -2:])}/model") of transformers reads the folder as it is.'
         if (place/'model').is_dir() else 'Only its adapter is carried along: train your own to take a model away.')
     measured = grid(['measured', '', '95 % interval'], numbers(row)) if row and numbers(row) else '<p class="hint">Nothing was measured of it: table.json has no such row.</p>'
     return f'<div class="board">{head}{grid(["", ""], facts(models, stage))}{measured}{f"<p class=hint>{inert(away)}</p>" if stage != "base" else ""}</div>'
