@@ -259,6 +259,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'rlhf_lab.core.token_logprobs': ('core.html#token_logprobs', 'rlhf_lab/core.py'),
                                'rlhf_lab.core.whiten': ('core.html#whiten', 'rlhf_lab/core.py')},
             'rlhf_lab.curves': { 'rlhf_lab.curves.find_runs': ('curves.html#find_runs', 'rlhf_lab/curves.py'),
+                                 'rlhf_lab.curves.findings': ('curves.html#findings', 'rlhf_lab/curves.py'),
                                  'rlhf_lab.curves.frontier': ('curves.html#frontier', 'rlhf_lab/curves.py'),
                                  'rlhf_lab.curves.lineages': ('curves.html#lineages', 'rlhf_lab/curves.py'),
                                  'rlhf_lab.curves.places': ('curves.html#places', 'rlhf_lab/curves.py'),
