@@ -333,7 +333,9 @@ def measure(case: str, repeats: int, patience: float) -> list[dict]:
         except TimeoutError: print(json.dumps(dict(bench='peers', case=case, variant=name, gave_up_after_seconds=patience)), flush=True)
     heard = {name: [] for name in workers}
     for _ in range(repeats):
-        for name, worker in workers.items(): heard[name].append(worker.turn())
+        for name, worker in workers.items():
+            try: heard[name].append(worker.turn())
+            except TimeoutError: raise SystemExit(f'{case}, {name}: a turn took more than {patience:g} s; give it more --patience') from None
     for worker in workers.values(): worker.end()
     seconds = {name: [told['seconds'] for told in turns] for name, turns in heard.items()}
     speed = {name: counts[name]/statistics.median(took) for name, took in seconds.items()}

@@ -3,13 +3,13 @@ import importlib.util, json, os, shutil, subprocess, sys, time, tomllib
 from pathlib import Path
 import pytest
 from rlhf_lab import workshop
-from rlhf_lab.answers import LEARN, STAGES, Models, inert
+from rlhf_lab.answers import LEARN, STAGES, Models, inert, rounds_of
 from rlhf_lab.core import CheckpointError, LabError
 from rlhf_lab.curves import find_runs, results, run_shown
 from rlhf_lab.feedback import Feedback
 from rlhf_lab.first import FIRST, Recorded, Served, toy_folder, wear
 from rlhf_lab.runs import digest, lock
-from rlhf_lab.workshop import Workshop, how_far, last_line, rounds_of
+from rlhf_lab.workshop import Workshop, how_far, last_line
 
 root = Path(__file__).resolve().parent.parent
 
