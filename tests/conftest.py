@@ -5,13 +5,20 @@ import pytest
 # There is much to compile here and little to compute. Child processes inherit it.
 os.environ.setdefault('JAX_DISABLE_MOST_OPTIMIZATIONS', '1')
 os.environ.setdefault('XLA_FLAGS', '--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1') # a quarter less time than without
-# And what was compiled once is there when the tests run again, in the folder where the command line keeps such things.
+# And what was compiled once is there when the tests run again: in a folder of its own that is shortened before, not by JAX,
+# which reads the whole folder for each program that it keeps (half a second at six thousand, and there is a lock).
 os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0')
-import jax
-from rlhf_lab.cli import keep_programs
-keep_programs()
-os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', jax.config.jax_compilation_cache_dir)
-os.environ.setdefault('JAX_COMPILATION_CACHE_MAX_SIZE', str(jax.config.jax_compilation_cache_max_size))
+from rlhf_lab.runs import cache_dir
+programs = cache_dir()/'programs'/'tests'
+os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', str(programs))
+
+def pytest_configure(config):
+    "At most half a gigabyte of compiled programs; the oldest go."
+    if hasattr(config, 'workerinput'): return
+    kept = 0
+    for size, file in [(f.stat().st_size, f) for f in sorted(programs.glob('*'), key=lambda f: -f.stat().st_mtime)]:
+        kept += size
+        if kept > 2**29: file.unlink(missing_ok=True)
 
 @pytest.fixture(scope='session')
 def toy(tmp_path_factory) -> str:
