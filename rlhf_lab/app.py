@@ -13,11 +13,11 @@ import gradio as gr
 from fastapi import FastAPI
 from .answers import Engine
 from .arena import Arena, arena_tab, standings
-from .chat import AT_ONCE, EXAMPLES, QUIET, Desk, chat_tab, markdown
+from .chat import AT_ONCE, EXAMPLES, QUIET, Desk, chat_tab, markdown, moment_looks
 from .core import LabError
-from .curves import training_tab
+from .curves import to_checkpoint, training_tab
 from .feedback import Feedback
-from .first import Served, first_bar, first_events, welcome
+from .first import Served, first_bar, first_events, named, welcome
 from .inside import Inside, inside_tab
 from .label import LABEL_KEYS, label_tab
 from .models import models_tab
@@ -32,7 +32,7 @@ CSS = '''
 .gradio-container { width: 100% !important; max-width: 1480px !important; margin: 0 auto !important; }
 #title h1 { font-size: 1.5rem; font-weight: 650; letter-spacing: -.01em; margin: .4rem 0 0; }
 #title p { color: var(--soft); margin: .15rem 0 0; }
-#examples { gap: .5rem; flex-wrap: wrap; }
+#examples, #points { gap: .5rem; flex-wrap: wrap; } #points button { flex: 0 1 auto; min-width: 0; min-height: 36px; font-weight: 500; }
 #examples button { flex: 0 1 auto; min-width: 0; font-weight: 400; font-size: .85rem; color: var(--soft);
     background: transparent; border: 1px solid var(--line); border-radius: 99px;
     padding: .3rem .8rem; text-align: left; }
@@ -178,24 +178,28 @@ def page(models, store: Feedback) -> gr.Blocks:
         with gr.Tabs(elem_id='tabs') as tabs:
             with gr.Tab('Chat', id='chat'):
                 first, again = first_bar(models)
-                prompt, parts, watch, judged = chat_tab(desk, ids, who)
+                prompt, parts, watch, judged, moments, chosen = chat_tab(desk, ids, who)
             with gr.Tab('Arena', id='arena') as arena_place: table = arena_tab(arena, who, EXAMPLES)
             with gr.Tab('Label', id='label') as label_place: label_tab(store, models, label_place, who)
             with gr.Tab('Feedback', id='feedback') as votes_place: votes_tab(archive, votes_place, who)
             with gr.Tab('X-ray', id='xray'): fields = inside_tab(inside, ids, who)
             with gr.Tab('Training', id='training') as training_place:
                 look, progress = train_here(shop)
-                training_tab(folders, training_place)
+                listed, points = training_tab(folders, training_place)
             with gr.Tab('Models', id='models') as models_place: models_tab(models, store, models_place)
             with gr.Tab('About & privacy', id='about'): agreed = about_tab(store, who, notice)
         for scope, button in agreeing.items():
-            button.click(lambda scope=scope: agree(store, scope), None, [who, notice, agreed], **AT_ONCE)
+            button.click(lambda scope=scope: agree(store, scope), None, [who, notice, agreed], **AT_ONCE).then(
+                lambda prompt, who: named(desk, prompt, who), [prompt, who], [ids, *parts], **QUIET)
+        for i, button in enumerate(points):
+            button.click(lambda listed, chosen, i=i: to_checkpoint(listed, i, chosen), [listed, chosen], [tabs, chosen, *moments], **AT_ONCE)
         watch.click(to_xray(desk), [judged, ids], [tabs, *fields], **AT_ONCE)
         arena_place.select(lambda: standings(store), None, table, **AT_ONCE)
         demo.load(lambda who: standing(store, who), who, [who, notice, agreed], **QUIET)
-        first_events(desk, again, prompt, parts)
+        first_events(desk, again, prompt, ids, who, parts)
         training_place.select(look, None, progress, **AT_ONCE)
-        demo.load(lambda ids, who: welcome(desk, ids, who), [ids, who], [first, prompt, *parts], **QUIET)
+        demo.load(lambda ids, who: welcome(desk, ids, who), [ids, who], [first, prompt, ids, *parts], **QUIET)
+        demo.load(lambda: [gr.update(**look) for look in moment_looks(models)], None, moments, **QUIET)
     return demo
 
 # %% ../nbs/69_app.ipynb #5d90e737

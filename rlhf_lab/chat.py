@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['THUMBS', 'REASONS', 'BUSY', 'IDLE', 'QUIET', 'AT_ONCE', 'EXAMPLES', 'card', 'thumb', 'column', 'Asking', 'Desk',
-           'explain', 'undo', 'restore', 'columns', 'markdown', 'sampling_controls', 'answer_columns', 'why_panel',
-           'chat_tab']
+           'explain', 'undo', 'restore', 'columns', 'markdown', 'sampling_controls', 'moment_looks', 'moment_controls',
+           'answer_columns', 'why_panel', 'chat_tab']
 
 # %% ../nbs/54_chat.ipynb #77a56525
 import os, threading
 os.environ.update(GRADIO_ANALYTICS_ENABLED='False', HF_HUB_DISABLE_TELEMETRY='1', DO_NOT_TRACK='1') # before gradio
 import gradio as gr
-from .answers import COLUMNS, STAGES, Answer, converse, inert, known, message, person, start, within
+from .answers import COLUMNS, MOVED, STAGES, Answer, converse, inert, known, message, nearest, person, start, steps_of, within
 from .core import LabError
 from .feedback import Feedback
 
@@ -31,6 +31,8 @@ def card(stage: str, answer: Answer) -> str:
     count = f'{answer.tokens} token{"s"[:answer.tokens != 1]} · {answer.seconds:.1f} s · ' if answer.seconds else ''
     facts = f'<span>{count}{finish}</span>' if answer.state in ('writing', 'done') else ''
     name = f'<span class="id" title="{answer.id}">#{answer.id[-6:]}</span>' if answer.id else ''
+    _, _, step = ((answer.origin or {}).get('model') or '').partition('@')
+    if step: what = f'as it was after {inert(step)} updates'
     head = f'<h2>{title}</h2><p class="what">{what}</p>'
     return f'<div class="card {answer.state}">{head}{body}<p class="facts">{facts} {name}</p></div>'
 
@@ -52,14 +54,14 @@ class Asking:
     def __init__(self, models, store: Feedback, engine):
         self.models, self.store, self.engine, self.halts = models, store, engine, {}
 
-    async def answers(self, prompt: str, sampling: tuple, who: str, stages: tuple, request: gr.Request): # Yields what changed
-        "Let these models answer; sampling is temperature, length, seed. Raises LabError."
+    async def answers(self, prompt: str, sampling: tuple, who: str, stages: tuple, request: gr.Request, steps: dict = {}): # Yields what changed
+        "Let these models answer, some as they were after so many `steps`; sampling is temperature, length, seed. Raises LabError."
         if not (prompt or '').strip(): raise LabError('Write a prompt first.')
         if who: person(self.store, who)
         how = dict(temperature=within(sampling[0], 0., 2.), max_new_tokens=within(sampling[1], 1, 512), seed=within(sampling[2], 0, 2**31 - 1))
         halt = self.halts[request.session_hash] = threading.Event()
         try:
-            async for changed in converse(self.models, self.engine, self.store, prompt[:8000], how, halt, who, stages): yield changed
+            async for changed in converse(self.models, self.engine, self.store, prompt[:8000], how, halt, who, stages, steps=steps): yield changed
         finally: self.halts.pop(request.session_hash, None)
 
     def stop(self, request: gr.Request):
@@ -71,11 +73,13 @@ BUSY, IDLE = [gr.update(interactive=False), gr.update(visible=True)], [gr.update
 
 class Desk(Asking):
     "What the chat can do: one method for each event."
-    async def ask(self, prompt: str, chosen: list, temperature: float, max_new_tokens: int, seed: int, who: str, request: gr.Request):
+    async def ask(self, prompt: str, chosen: list, temperature: float, max_new_tokens: int, seed: int, ppo: int, dpo: int, who: str,
+            request: gr.Request): # ppo, dpo: after how many updates
         "Answers as they grow: status, send, stop, panel, ids, then the columns."
         stages, ids, ended = tuple(stage for stage in COLUMNS if stage in (chosen or ())), {}, {}
+        steps = nearest(self.models, {stage: within(n, 0, 10**6) for stage, n in zip(MOVED, (ppo, dpo))})
         try:
-            async for changed in self.answers(prompt, (temperature, max_new_tokens, seed), who, stages, request):
+            async for changed in self.answers(prompt, (temperature, max_new_tokens, seed), who, stages, request, steps):
                 ended |= changed
                 ids |= {stage: answer.id for stage, answer in changed.items() if answer.id}
                 yield [message('Writing…'), *BUSY, gr.update(visible=False), ids, *columns(changed)]
@@ -133,7 +137,7 @@ def restore(desk: Desk, ids: dict, who: str):
         try:
             person(desk.store, who)
             kept = desk.store.generation(known(ids)[stage])
-            answers[stage] = Answer('done', kept['completion'], finish=kept['finish_reason'], id=kept['id'], vote=desk.store.value(kept['id'], who))
+            answers[stage] = Answer('done', kept['completion'], finish=kept['finish_reason'], origin=dict(model=kept['model']), id=kept['id'], vote=desk.store.value(kept['id'], who))
         except (LabError, KeyError): continue
         prompt = kept['prompt']
     return [prompt, *columns(answers)]
@@ -155,6 +159,16 @@ def sampling_controls() -> list:
     return [gr.Slider(0, 2, .7, step=.05, label='Temperature', info='0: always the likeliest word'),
         gr.Slider(8, 256, 64, step=8, label='Longest answer', info='in tokens'),
         gr.Number(0, label='Seed', info='same seed, same words', precision=0, minimum=0, maximum=2**31 - 1)]
+
+def moment_looks(models) -> list: # Keywords of a slider for each of MOVED
+    "How far back each of them can be asked."
+    last = {stage: max(steps_of(models, stage), default=0) for stage in MOVED}
+    return [dict(maximum=n or 1, value=n or 1, visible=n > 0) for n in last.values()]
+
+def moment_controls(models) -> list:
+    "A slider over the checkpoints of each model that was trained from the SFT model."
+    return [gr.Slider(0, step=1, label=f'{COLUMNS[stage][0]} after how many updates', info='the nearest checkpoint before; 0: SFT', elem_id=f'moment-{stage}', **look)
+        for stage, look in zip(MOVED, moment_looks(models))]
 
 def answer_columns(models) -> tuple: # The columns, and the card, 👍, 👎 of each stage
     parts, places = [], []
@@ -180,7 +194,7 @@ def why_panel() -> tuple: # The panel, its title, its fields, and Save, Undo, Wa
     return panel, title, fields, (save, back, watch)
 
 # %% ../nbs/54_chat.ipynb #052f8c7c
-def chat_tab(desk: Desk, ids, who) -> tuple: # For the page: the prompt, the parts to restore; the button that leads to the X-ray, and whom it is about
+def chat_tab(desk: Desk, ids, who) -> tuple: # For the page: the prompt, the parts to restore; the button that leads to the X-ray, and whom it is about; the sliders over checkpoints, and which models are asked
     "The components of the chat, and what happens when they are touched."
     prompt = gr.Textbox(label='Prompt', elem_id='prompt', lines=2, max_lines=8, max_length=8000, autofocus=True,
         placeholder='Continue this film review: …')
@@ -188,6 +202,7 @@ def chat_tab(desk: Desk, ids, who) -> tuple: # For the page: the prompt, the par
     with gr.Accordion('Settings, the same for all', open=False):
         chosen = gr.CheckboxGroup([(title, stage) for stage, (title, _) in COLUMNS.items()], value=list(STAGES), label='Models', elem_id='models')
         with gr.Row(): controls = sampling_controls()
+        with gr.Row(): moments = moment_controls(desk.models)
     with gr.Row(elem_id='actions'):
         send, stop = gr.Button('Ask', variant='primary', elem_id='send'), gr.Button('Stop', visible=False, elem_id='stop')
         status = markdown(message('Ctrl + Enter asks, Esc stops.'), elem_id='status')
@@ -195,7 +210,7 @@ def chat_tab(desk: Desk, ids, who) -> tuple: # For the page: the prompt, the par
     panel, title, fields, (save, back, watch) = why_panel()
     judged = gr.State('')
 
-    send.click(desk.ask, [prompt, chosen, *controls, who], [status, send, stop, panel, ids, *parts], trigger_mode='once',
+    send.click(desk.ask, [prompt, chosen, *controls, *moments, who], [status, send, stop, panel, ids, *parts], trigger_mode='once',
         concurrency_limit=None, **QUIET)
     stop.click(desk.stop, **AT_ONCE)
     chosen.change(lambda chosen: [gr.update(visible=stage in chosen) for stage in COLUMNS], chosen, places, **AT_ONCE)
@@ -206,4 +221,4 @@ def chat_tab(desk: Desk, ids, who) -> tuple: # For the page: the prompt, the par
     save.click(lambda *said: explain(desk, *said), [judged, *fields, ids, who], status, **AT_ONCE)
     thumbs = [part for i, part in enumerate(parts) if i % 3]
     back.click(lambda *said: undo(desk, *said), [judged, ids, who], [status, *thumbs, panel], **AT_ONCE)
-    return prompt, parts, watch, judged
+    return prompt, parts, watch, judged, moments, chosen

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['METHODS', 'Method', 'CompareConfig', 'Start', 'of_quickstart', 'spoil', 'with_own_reward', 'settings_of', 'point',
-           'judge_snapshots', 'best_points', 'compare_methods', 'keep', 'over_seeds', 'moments', 'methods_plot', 'draw']
+           'judge_snapshots', 'best_points', 'examination', 'compare_methods', 'keep', 'over_seeds', 'moments',
+           'methods_plot', 'draw']
 
 # %% ../nbs/47_compare.ipynb #029634a2
 import json, jax, numpy as np
@@ -51,12 +52,14 @@ class CompareConfig:
     samples: int = 8 # Of the SFT model for each prompt, for best-of-n
     share: float = 1. # Of the pairs that all learn from: below 1, they get a reward model of their own, too
     flipped: float = 0. # Share of these whose label is turned round, for the reward model as well
+    kept: bool = False # Train nothing: judge the checkpoints that PPO and DPO of the start put aside
     draw: bool = False # Only draw what is there
     resume: bool = False # Keep the trainings that are done in `out`
 
     def __post_init__(self):
         if unknown := [name for name in self.methods if name not in METHODS]:
             raise UsageError(f'there is no method {unknown[0]!r}: take some of {", ".join(METHODS)}')
+        if self.kept: self.methods, self.seeds = tuple(name for name in self.methods if name in ('ppo', 'dpo')), 1
         if not 0 < self.share <= 1 or not 0 <= self.flipped < 1: raise UsageError('share lies above 0 and up to 1, flipped from 0 and below 1')
         if min(self.seeds, self.snapshots, self.prompts, self.samples) < 1: raise UsageError('seeds, snapshots, prompts and samples are at least 1')
 
@@ -154,9 +157,10 @@ def judge_snapshots(
     rival, # `Answers` of the SFT model
     **facts,
 ) -> list[dict]: # Points
-    "Judge every snapshot of a run, the last one last."
+    "Judge every snapshot of a run, the last one last. Raises CheckpointError where there is none."
     files = sorted((folder/'adapters').glob('*.safetensors'), key=lambda file: int(file.stem))
     steps = [int(file.stem) for file in files]
+    if not files: raise CheckpointError(f'{folder} put no checkpoint aside: train with snapshot_every above 0')
     return [point(answer(facts['method'], merge_lora(load_adapter(template, file))), rival, step=step, last=step == steps[-1], **facts) for step, file in zip(steps, files)]
 
 # %% ../nbs/47_compare.ipynb #4bb4bfea
@@ -171,6 +175,23 @@ def best_points(
         seconds=0., peak_mb=0., completions=0) for n in sizes]
 
 # %% ../nbs/47_compare.ipynb #23b80ed9
+def examination(
+    start: Start,
+    samples: int, # Of the SFT model for each prompt, beside those of the rival
+) -> tuple: # A policy with an adapter; (name, model) → `Answers`; `Answers` of the rival, and a list of `samples` more
+    "How all are judged: the same prompts, the same dice, the same distance from the SFT model."
+    stage = start.quickstart
+    sft, tokenizer = load_model(start.model, stage.sft.precision)
+    template = add_lora(sft, key=jax.random.key(0), rank=stage.dpo.rank, alpha=stage.dpo.alpha, top=stage.dpo.top_layers or None)
+    sft.split, prompts = template.split, [encode_prompt(tokenizer, row['prompt']) for row in start.held]
+    reward = judge_of(start.reward, sft)
+    how = dict(max_new_tokens=stage.new_tokens, temperature=stage.temperature, stop=(tokenizer.eos_token_id,), batch_size=128)
+    look = lambda name, rollout: judged(name, rollout, tokenizer, start.gold, reward)
+    answer = lambda name, model: look(name, ask(model, prompts, key=jax.random.key(1), reference=sft, **how))
+    many = ask(sft, prompts, key=jax.random.key(2), n=samples + 1, **how)
+    rival, *others = (look('sft', jax.tree.map(lambda x: x[k::samples + 1], many)) for k in range(samples + 1))
+    return template, answer, rival, others
+
 def compare_methods(
     config: CompareConfig,
     start: Start = None, # None: what `config.start` says
@@ -179,17 +200,14 @@ def compare_methods(
     with Run(config.out, config, config.resume or config.draw) as run:
         if config.draw: return draw(run.path, config)
         start = start or of_quickstart(config.start, config.prompts)
-        stage = start.quickstart
-        sft, tokenizer = load_model(start.model, stage.sft.precision)
-        template = add_lora(sft, key=jax.random.key(0), rank=stage.dpo.rank, alpha=stage.dpo.alpha, top=stage.dpo.top_layers or None)
-        sft.split, prompts = template.split, [encode_prompt(tokenizer, row['prompt']) for row in start.held]
-        reward = judge_of(start.reward, sft)
-        how = dict(max_new_tokens=stage.new_tokens, temperature=stage.temperature, stop=(tokenizer.eos_token_id,), batch_size=128)
-        look = lambda name, rollout: judged(name, rollout, tokenizer, start.gold, reward)
-        answer = lambda name, model: look(name, ask(model, prompts, key=jax.random.key(1), reference=sft, **how))
-        many = ask(sft, prompts, key=jax.random.key(2), n=config.samples + 1, **how)
-        rival, *samples = (look('sft', jax.tree.map(lambda x: x[k::config.samples + 1], many)) for k in range(config.samples + 1))
-        keep(run.path/'best-of-n', best_points(samples, rival) + [point(samples[0], rival, method='sft', seed=0, step=0, last=True, seconds=0., peak_mb=0., completions=0)])
+        template, answer, rival, samples = examination(start, config.samples)
+        free = dict(seed=0, completions=0, seconds=0., peak_mb=0.)
+        keep(run.path/'best-of-n', best_points(samples, rival) + [point(samples[0], rival, method='sft', step=0, last=True, **free)])
+        if config.kept:
+            for name in config.methods:
+                if not (run.path/name/'points.json').exists():
+                    keep(run.path/name, judge_snapshots(Path(config.start)/name, template, answer, rival, method=name, **free))
+            return draw(run.path, config)
         for seed in range(config.seeds):
             pairs = run.path/f'pairs-{seed}.jsonl'
             write_rows(pairs, spoil([json.loads(line) for line in open(start.pairs, encoding='utf-8')], config.share, config.flipped, seed))

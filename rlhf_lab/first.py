@@ -4,14 +4,16 @@
 
 # %% auto #0
 __all__ = ['FIRST', 'to_bytes', 'pack_adapter', 'wear', 'read_samples', 'rounding', 'pack_run', 'Recorded', 'in_use', 'trained',
-           'toy_folder', 'Served', 'recorded', 'told', 'wanted', 'another', 'welcome', 'first_bar', 'first_events']
+           'toy_folder', 'Served', 'recorded', 'told', 'wanted', 'keep_recorded', 'another', 'named', 'welcome',
+           'first_bar', 'first_events']
 
 # %% ../nbs/62_first.ipynb #178174eb
 import fcntl, hashlib, importlib.resources, json, re, gradio as gr, numpy as np
 from pathlib import Path
-from .answers import COMMAND, LEARN, STAGES, Answer, Models, grid, message
+from .answers import COMMAND, LEARN, STAGES, Answer, Models, grid, message, person
 from .chat import AT_ONCE, columns, markdown, restore
-from .core import CheckpointError
+from .core import CheckpointError, LabError
+from .feedback import canonical, sha256
 from .runs import digest, write_file
 
 # %% ../nbs/62_first.ipynb #cf1f4735
@@ -219,19 +221,43 @@ def wanted(models: Served) -> str:
         + ('Missing now: ' + ', '.join(lacks) + '.' if lacks else ''))
 
 # %% ../nbs/62_first.ipynb #dce0347b
-def another(models: Served, prompt: str) -> list: # The prompt, then the columns
+def keep_recorded(desk, sample: dict, who: str) -> dict: # Stage → Answer
+    "Recorded answers under a name in the store, so that there is something to vote on, if their reader agreed: the same name whenever the same person sees them."
+    answers = recorded(sample)
+    try: reader = person(desk.store, who)
+    except LabError: return answers
+    record, sent = desk.models.first.record, [dict(role='user', content=sample['prompt'])]
+    name = lambda stage: sha256(canonical([reader['id'], record['files'], sent, stage]))[:26]
+    for stage, answer in answers.items():
+        try: kept = desk.store.generation(name(stage))
+        except LabError:
+            conversation = sha256(canonical([reader['id'], sent]))[:26]
+            made = dict(command=record['command'], commit=record['commit'], adapter=record['files'].get(f'{stage}/adapter.safetensors'))
+            desk.store.record(sent, answer.text, model=stage, run='recorded', conversation=conversation, session=who, more=dict(id=name(stage), source='recorded', backend=canonical(made)))
+            kept = desk.store.generation(name(stage))
+        answers[stage] = answer.then(id=kept['id'], vote=desk.store.value(kept['id'], who))
+    return answers
+
+def another(desk, prompt: str, who: str) -> list: # The prompt, ids, then the columns
     "The recorded prompt after this one, and its answers."
-    samples = models.samples()
-    if not samples: return [gr.skip(), *columns({})]
+    samples = desk.models.samples()
+    if not samples: return [gr.skip(), gr.skip(), *columns({})]
     number = next((i for i, sample in enumerate(samples) if sample['prompt'] == prompt), -1)
     sample = samples[(number + 1)%len(samples)]
-    return [sample['prompt'], *columns(recorded(sample))]
+    answers = keep_recorded(desk, sample, who)
+    return [sample['prompt'], {stage: answer.id for stage, answer in answers.items() if answer.id}, *columns(answers)]
 
-def welcome(desk, ids: dict, who: str) -> list: # The bar, the prompt, then the columns
+def named(desk, prompt: str, who: str) -> list: # ids, then the columns
+    "The recorded answers that are in sight, once somebody has agreed: now they can be judged."
+    samples = desk.models.samples() if isinstance(desk.models, Served) else []
+    number = next((i for i, sample in enumerate(samples) if sample['prompt'] == prompt), None)
+    return [gr.skip(), *columns({})] if number is None else another(desk, samples[number - 1]['prompt'], who)[1:]
+
+def welcome(desk, ids: dict, who: str) -> list: # The bar, the prompt, ids, then the columns
     "What a browser sees when it comes: its own last answers, else what was recorded."
     models, found = desk.models, restore(desk, ids, who)
     first = isinstance(models, Served) and bool(models.samples())
-    return [gr.update(visible=first), *(found if isinstance(found[0], str) or not first else another(models, ''))]
+    return [gr.update(visible=first), *([found[0], gr.skip(), *found[1:]] if isinstance(found[0], str) or not first else another(desk, '', who))]
 
 # %% ../nbs/62_first.ipynb #baa68589
 def first_bar(models) -> tuple: # The bar, and the button for the next prompt
@@ -250,6 +276,6 @@ def first_bar(models) -> tuple: # The bar, and the button for the next prompt
         with gr.Accordion('Show models of your own', open=False): markdown(wanted(models))
     return bar, again
 
-def first_events(desk, again, prompt, parts: list):
+def first_events(desk, again, prompt, ids, who, parts: list):
     "The next recorded prompt, at a click."
-    if again is not None: again.click(lambda prompt: another(desk.models, prompt), prompt, [prompt, *parts], **AT_ONCE)
+    if again is not None: again.click(lambda prompt, who: another(desk, prompt, who), [prompt, who], [prompt, ids, *parts], **AT_ONCE)

@@ -68,7 +68,7 @@ def model_card(models, stage: str, row: dict|None) -> str: # `row` of `table.jso
     if command := models.missing(stage): return f'<div class="board">{head}<p class="hint">Not served: there is no such model yet. This makes it:</p><p class="quote">{inert(command)}</p></div>'
     place = run_of(models, stage)
     kept = len(list((place/'adapters').glob('*.safetensors')))
-    looks = f'{kept} checkpoints of this run are kept: the policy can be asked as it was at each of them. ' if kept and stage != 'voted' else ''
+    looks = f'{kept} checkpoints of this run are kept: the policy can be asked as it was at each of them: Chat, Settings. ' if kept and stage != 'voted' else ''
     if not kept and stage in ('ppo', 'dpo'): looks = 'No earlier checkpoints were kept: train with --snapshot-every 1 to look back. '
     away = looks + (f'To take it away: AutoModelForCausalLM.from_pretrained("{"/".join(place.parts[-4 if stage == "voted" else -2:])}/model") of transformers reads the folder as it is.'
         if (place/'model').is_dir() else 'Only its adapter is carried along: train your own to take a model away.')

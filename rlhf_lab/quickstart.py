@@ -233,8 +233,8 @@ class QuickstartConfig:
     temperature: float = 0.8 # In sampling and in log-probabilities alike
     sft: SFTConfig = field(default_factory=lambda: SFTConfig(steps=12, batch_size=24, **STAGE))
     reward: RewardConfig = field(default_factory=lambda: RewardConfig(pool='mean', batch_size=8, **dict(STAGE, holdout=.2)))
-    ppo: PPOConfig = field(default_factory=lambda: PPOConfig(steps=10, batch_size=32, epochs=2, kl_coef=.05, kl_budget=7., **dict(STAGE, learning_rate=2e-3)))
-    dpo: DPOConfig = field(default_factory=lambda: DPOConfig(batch_size=8, **dict(STAGE, learning_rate=2e-3)))
+    ppo: PPOConfig = field(default_factory=lambda: PPOConfig(steps=10, batch_size=32, epochs=2, kl_coef=.05, kl_budget=7., snapshot_every=2, **dict(STAGE, learning_rate=2e-3)))
+    dpo: DPOConfig = field(default_factory=lambda: DPOConfig(batch_size=8, snapshot_every=7, **dict(STAGE, learning_rate=2e-3)))
 
 def has_room(config: QuickstartConfig, tokenizer): # Row → bool
     "Whether the prompt, and a completion of the human's or the models' length, fit into `max_length`."

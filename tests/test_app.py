@@ -475,6 +475,9 @@ def test_a_first_visit_without_checkpoints_base_model_or_network(browser, tmp_pa
         page.click('#send'); page.wait_for_selector('#answer-sft .card.failed') # no base model here
         assert 'nowhere' in page.inner_text('#answer-sft')
         page.click('#first-next'); page.wait_for_selector('#answer-sft .card.done')
+        assert not page.is_visible('#up-dpo') # nobody has agreed
+        page.click('#agree'); page.click('#up-dpo'); page.locator('#up-dpo', has_text='Liked').wait_for() # what was recorded can be judged, too
+        page.reload(); page.locator('#up-dpo', has_text='Liked').wait_for()
 
         training = lambda: page.get_by_role('tab', name='Training').click()
         page.set_viewport_size(dict(width=1280, height=800)); training()
@@ -486,6 +489,22 @@ def test_a_first_visit_without_checkpoints_base_model_or_network(browser, tmp_pa
         page.click('#train-stop'); page.locator('#train-status', has_text='was stopped').wait_for()
         assert shops[0].process.wait(5) and not [url for url in asked if not url.startswith((address, 'data:', 'blob:'))]
         context.close()
+
+@pytest.mark.e2e
+def test_a_point_of_the_frontier_leads_to_the_chat_as_it_was(visit, toy):
+    point = lambda method, step, kl: dict(method=method, step=step, kl=[kl]*4, gold=[.1*step]*4, reward=[.2*step]*4)
+    for name, points in {'ppo': [point('ppo', 2, 3.), point('ppo', 4, 5.)], 'best-of-n': [point('sft', 0, 0.)]}.items():
+        place = Path(f'{toy}-frontier')/name
+        place.mkdir(parents=True); (place/'points.json').write_text(json.dumps(points))
+    (Path(toy)/'ppo'/'adapters').mkdir(parents=True)
+    for step in (2, 4): (Path(toy)/'ppo'/'adapters'/f'{step}.safetensors').touch()
+    visit.reload(); visit.wait_for_selector('#send')
+    visit.get_by_role('tab', name='Training').click()
+    visit.wait_for_selector('#trails .plot')
+    visit.get_by_role('button', name='PPO 2: 3 nats').click()
+    visit.get_by_text('Settings, the same for all').click()
+    visit.wait_for_selector('#moment-ppo input[type=number]')
+    assert visit.input_value('#moment-ppo input[type=number]') == '2' and not visit.is_visible('#moment-dpo')
 
 def test_training_takes_the_token_when_others_can_reach_the_lab(client, monkeypatch, tmp_path):
     monkeypatch.setattr(Workshop, 'start', lambda self, kind: pytest.fail('it trains'))
