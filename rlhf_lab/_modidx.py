@@ -418,6 +418,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'rlhf_lab.exports.hidden_answers': ('exports.html#hidden_answers', 'rlhf_lab/exports.py'),
                                   'rlhf_lab.exports.leaked': ('exports.html#leaked', 'rlhf_lab/exports.py'),
                                   'rlhf_lab.exports.neutral': ('exports.html#neutral', 'rlhf_lab/exports.py'),
+                                  'rlhf_lab.exports.no_collection': ('exports.html#no_collection', 'rlhf_lab/exports.py'),
                                   'rlhf_lab.exports.no_mixture': ('exports.html#no_mixture', 'rlhf_lab/exports.py'),
                                   'rlhf_lab.exports.original': ('exports.html#original', 'rlhf_lab/exports.py'),
                                   'rlhf_lab.exports.reasons': ('exports.html#reasons', 'rlhf_lab/exports.py'),

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['newest', 'one_at_a_time', 'SCHEMA', 'TYPES', 'session', 'dataset_version', 'checkpoint', 'generation', 'event',
-           'dataset_row', 'battle', 'label_item', 'lease', 'SCOPES', 'CHOICES', 'ONE', 'TARGETS', 'later', 'SAID',
-           'LAST', 'ulid', 'column', 'table', 'clean', 'canonical', 'sha256', 'prompt_hash', 'split_of', 'checked',
-           'subject_of', 'sides', 'whole_file', 'lines_of', 'Sayings', 'Judgements', 'Feedback']
+           'dataset_row', 'battle', 'label_item', 'lease', 'CANONICAL', 'SCOPES', 'CHOICES', 'ONE', 'TARGETS', 'LINE',
+           'later', 'SAID', 'LAST', 'ulid', 'column', 'table', 'clean', 'canonical', 'sha256', 'prompt_hash',
+           'split_of', 'checked', 'subject_of', 'sides', 'whole_file', 'lines_of', 'Sayings', 'Judgements', 'Feedback']
 
 # %% ../nbs/12_feedback.ipynb #72fbe27e
 import contextlib, hashlib, hmac, itertools, json, os, secrets, threading, time, unicodedata
@@ -90,7 +90,9 @@ lease = table('lease', item_id='text label_item.id key', session_id='text sessio
 # %% ../nbs/12_feedback.ipynb #e324ef25
 def clean(text: str) -> str: return text.encode('utf-8', 'replace').decode()
 
-def canonical(value) -> str: return clean(json.dumps(value, ensure_ascii=False, sort_keys=True, separators=(',', ':')))
+CANONICAL = json.JSONEncoder(ensure_ascii=False, sort_keys=True, separators=(',', ':'))
+
+def canonical(value) -> str: return clean(CANONICAL.encode(value))
 
 def sha256(text: str) -> str: return hashlib.sha256(text.encode('utf-8', 'replace')).hexdigest()
 
@@ -152,7 +154,9 @@ def whole_file(path):
     except OSError as error: raise LabError(f'cannot write {path}: {error.strerror}') from error
     finally: draft.unlink(missing_ok=True)
 
-def lines_of(rows): return (json.dumps(row, ensure_ascii=False) + '\n' for row in rows)
+LINE = json.JSONEncoder(ensure_ascii=False)
+
+def lines_of(rows): return (LINE.encode(row) + '\n' for row in rows)
 
 # %% ../nbs/12_feedback.ipynb #ad2dafe4
 class Sayings(Ledger):

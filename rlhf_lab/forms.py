@@ -48,10 +48,10 @@ def comparisons(judged: list[Judgement]) -> list[tuple]: # (better, worse, weigh
             order, share = list(zip(one.payload['ranks'], one.answers)), 2/len(one.answers)/(len(one.answers) - 1)
             found += [(x, y, share, [one.id]) if i < j else (y, x, share, [one.id]) for (i, x), (j, y) in combinations(order, 2) if i != j]
         if one.kind in ('thumb', 'rating'):
-            value = dict(up=1, down=-1)[one.payload['value']] if one.kind == 'thumb' else statistics.mean(one.payload.values())
+            value = dict(up=1, down=-1)[one.payload['value']] if one.kind == 'thumb' else statistics.fmean(one.payload.values())
             scores[one.kind, one.answers[0]['prompt_sha256']][one.answers[0]['completion']].append((value, one))
     for (kind, _), group in scores.items():
-        means = [(statistics.mean(value for value, _ in said), said) for said in group.values()]
+        means = [(statistics.fmean([value for value, _ in said]), said) for said in group.values()]
         for (high, ups), (low, downs) in combinations(sorted(means, key=lambda mean: -mean[0]), 2):
             if high > low and (kind == 'rating' or high > 0 > low):
                 found.append((ups[0][1].answers[0], downs[0][1].answers[0], 1., [one.id for _, one in ups + downs]))

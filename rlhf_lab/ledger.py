@@ -133,7 +133,9 @@ class Ledger:
         from sqlalchemy import text
         query, inside = text(query) if isinstance(query, str) else query, getattr(self.mine, 'connection', None)
         with self.plainly(), contextlib.nullcontext(inside) if inside else self.engine.connect() as connection:
-            return [dict(row) for row in connection.execute(query, values).mappings()]
+            found = connection.execute(query, values)
+            names = tuple(found.keys())
+            return [dict(zip(names, row)) for row in found.fetchall()]
 
     def write(self, statement):
         with self.transaction() as connection: connection.execute(statement)
