@@ -60,8 +60,10 @@ def our_rows(tokenizer, rows: list, width: int):
 
 def our_pairs(tokenizer):
     from rlhf_lab.core import Pairs
+    from rlhf_lab.data import first_difference
     rows = pair_texts(tokenizer, PAIRS)
-    return Pairs(*(our_rows(tokenizer, [(row['prompt'], row[side]) for row in rows], LONG + NEW) for side in ('chosen', 'rejected')))
+    sides = [our_rows(tokenizer, [(row['prompt'], row[side]) for row in rows], LONG + NEW) for side in ('chosen', 'rejected')]
+    return Pairs(*sides, alike=min(map(first_difference, *(side.tokens for side in sides)))//8*8) # as `Batches` finds it
 
 def updates(model, loss, ready, rate: float = 1e-6):
     "A function that makes one update; `ready` makes its batch, as a training would."

@@ -42,6 +42,7 @@ class Batch(struct.PyTreeNode):
     segments: Int[Array, 'B T'] = None # Packed rows: 1, 2, 3… per example, 0 is padding; None: one example a row
     below: Float[Array, 'B T D'] = None # Hidden states under the adapters, where they were computed before
     shared: int = struct.field(pytree_node=False, default=0) # So many tokens begin all rows alike: a model reads them once
+    twins: int = struct.field(pytree_node=False, default=0) # So many begin the first half of the rows like the second, row by row; 0: nothing is known
 
 # %% ../nbs/00_core.ipynb #18f6a443
 class Pairs(struct.PyTreeNode):
@@ -53,11 +54,12 @@ class Pairs(struct.PyTreeNode):
     weight: Float[Array, 'B'] = None # How much each pair counts; None: all alike
     margin: Float[Array, 'B'] = None # The difference of rewards that each pair asks for; None: 0
     chance: Float[Array, 'B'] = None # Probability that `chosen` is the better one, ½ for a tie; None: it is
+    alike: int = struct.field(pytree_node=False, default=0) # So many tokens begin the two sides of every pair alike: a model reads them once
 
 # %% ../nbs/00_core.ipynb #e03b9710
 def both(pairs: Pairs) -> Batch: # [2B T]: the chosen rows, then the rejected ones
     "The two sides of the pairs as one batch."
-    return jax.tree.map(lambda a, b: jnp.concatenate([a, b]), pairs.chosen, pairs.rejected)
+    return jax.tree.map(lambda a, b: jnp.concatenate([a, b]), pairs.chosen, pairs.rejected).replace(twins=pairs.alike)
 
 # %% ../nbs/00_core.ipynb #374d93dc
 class Rollout(Batch):

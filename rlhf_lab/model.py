@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['ModelConfig', 'dot', 'fast_precision', 'Linear', 'Norm', 'rope_frequencies', 'rope', 'row_positions', 'causal_mask',
-           'attention', 'rows_meet', 'swiglu', 'Block', 'Transformer', 'cut', 'read', 'join', 'run_layers',
-           'word_logprobs', 'score_tokens']
+           'attention', 'rows_meet', 'swiglu', 'Block', 'Transformer', 'cut', 'beside', 'apart', 'read', 'join',
+           'run_layers', 'word_logprobs', 'score_tokens']
 
 # %% ../nbs/20_model.ipynb #6bca2b1c
 import dataclasses, functools, re, jax, jax.numpy as jnp, numpy as np
@@ -249,7 +249,7 @@ class Transformer(nnx.Module):
 
     def run(self, which: slice, x, batch):
         angles = self.angles(row_positions(batch.tokens, batch.segments))
-        return run_layers(list(self.layers)[which], x, angles, causal_mask(batch.tokens, batch.segments), batch.shared, self.remat, self.scan)
+        return run_layers(list(self.layers)[which], x, angles, causal_mask(batch.tokens, batch.segments), batch.shared, batch.twins, self.remat, self.scan)
 
     def logits(self, hidden):
         "Guesses for the next token, float32."
@@ -265,11 +265,24 @@ def cut(
     angles: Float[Array, 'B T H/2'],
     mask: Bool[Array, 'B 1 T T'],
     shared: int, # The first so many positions are the same in all rows
-) -> tuple: # Streams, angles and masks: one of each for the common beginning, where there is one, and one for the rest
-    "What is read once, and what is read in each row."
-    if not shared: return (x,), (angles,), (mask,)
-    turns = (None, None) if angles is None else (angles[:1, :shared], angles[:, shared:])
-    return (x[:1, :shared], x[:, shared:]), turns, (mask[:1, :, :shared, :shared], mask[:, :, shared:])
+    twins: int = 0, # So many, the shared ones included, are the same in row i and in row B/2 + i
+) -> tuple: # Streams, angles and masks: one of each for the common beginning, for what two rows share, and for the rest, as far as there are such
+    "What is read once, what is read for two rows, and what is read in each row; there, the two are neighbours."
+    if twins <= shared: twins = 0
+    ends = [(rows, end) for rows, end in ((1, shared), (len(x)//2, twins)) if end] + [(len(x), x.shape[1])]
+    starts = [0, *(end for _, end in ends)]
+    parts = [x[:rows, start:end] for (rows, end), start in zip(ends, starts)]
+    if twins: parts[-1] = beside(parts[-1])
+    turns = [None if angles is None else angles[:rows, start:end] for (rows, end), start in zip(ends, starts)]
+    return tuple(parts), tuple(turns), tuple(mask[:rows, :, start:end, :end] for (rows, end), start in zip(ends, starts))
+
+def beside(x: Float[Array, 'B T D']) -> Float[Array, 'B T D']:
+    "Row i and row B/2 + i as neighbours."
+    return x.reshape(2, -1, *x.shape[1:]).swapaxes(0, 1).reshape(x.shape)
+
+def apart(x: Float[Array, 'B T D']) -> Float[Array, 'B T D']:
+    "What `beside` brought together."
+    return x.reshape(-1, 2, *x.shape[1:]).swapaxes(0, 1).reshape(x.shape)
 
 def read(layer: Block, parts: tuple, angles: tuple, masks: tuple) -> tuple: # The streams, and the (keys, values) of each part
     "One layer for all parts, each looking back at the ones before."
@@ -283,7 +296,9 @@ def read(layer: Block, parts: tuple, angles: tuple, masks: tuple) -> tuple: # Th
 def join(parts: tuple) -> Float[Array, 'B T D']:
     "The stream in one piece again."
     *first, rest = parts
-    return jnp.concatenate([jnp.broadcast_to(part, (len(rest), *part.shape[1:])) for part in first] + [rest], axis=1) if first else rest
+    if not first: return rest
+    if 1 < len(first[-1]) < len(rest): rest = apart(rest)
+    return jnp.concatenate([jnp.tile(part, (len(rest)//len(part), 1, 1)) for part in first] + [rest], axis=1)
 
 # %% ../nbs/20_model.ipynb #967e0826
 def run_layers(
@@ -292,11 +307,12 @@ def run_layers(
     angles: Float[Array, 'B T H/2'],
     mask: Bool[Array, 'B 1 T T'],
     shared: int = 0, # Positions that are the same in all rows
+    twins: int = 0, # Positions that are the same in row i and in row B/2 + i
     remat: bool = False, # Trade time for memory
     scan: bool = False, # One compiled layer in a loop, instead of all of them in a row
 ) -> Float[Array, 'B T D']:
     "The stream after `layers`."
-    parts, angles, masks = cut(x, angles, mask, shared)
+    parts, angles, masks = cut(x, angles, mask, shared, twins)
     step = lambda layer, parts: read(layer, parts, angles, masks)[0]
     if remat: step = nnx.remat(step)
     if not (scan and layers):
