@@ -298,7 +298,8 @@ def work(case: str, variant: str):
     run = cases()[case][1][variant]()
     tell = lambda **said: print(json.dumps(said), file=talk, flush=True)
     tell(ready=True)
-    for _ in sys.stdin:
+    for n, _ in enumerate(sys.stdin):
+        if n: run() # not timed: what a process has not touched for some seconds, a virtual machine may have taken away
         start = time.perf_counter()
         run()
         tell(seconds=time.perf_counter() - start, peak_mb=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/1024)

@@ -11,6 +11,7 @@ def options(about: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=about)
     parser.add_argument('--repeats', type=int, default=7, help='timed runs of each variant')
     parser.add_argument('--tiny', action='store_true', help='a toy shape: does the script work?')
+    parser.add_argument('--out', default='', help='write the measurements to this file, with what they were made on')
     return parser.parse_args()
 
 def model_of(args, dtype: str, stored: str = 'float32') -> Transformer:

@@ -744,6 +744,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'rlhf_lab.model.cut': ('model.html#cut', 'rlhf_lab/model.py'),
                                 'rlhf_lab.model.dot': ('model.html#dot', 'rlhf_lab/model.py'),
                                 'rlhf_lab.model.fast_precision': ('model.html#fast_precision', 'rlhf_lab/model.py'),
+                                'rlhf_lab.model.forgetful': ('model.html#forgetful', 'rlhf_lab/model.py'),
                                 'rlhf_lab.model.join': ('model.html#join', 'rlhf_lab/model.py'),
                                 'rlhf_lab.model.read': ('model.html#read', 'rlhf_lab/model.py'),
                                 'rlhf_lab.model.rope': ('model.html#rope', 'rlhf_lab/model.py'),

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ModelConfig', 'dot', 'fast_precision', 'Linear', 'Norm', 'rope_frequencies', 'rope', 'row_positions', 'causal_mask',
            'attention', 'rows_meet', 'swiglu', 'Block', 'Transformer', 'cut', 'beside', 'apart', 'read', 'join',
-           'run_layers', 'word_logprobs', 'score_tokens']
+           'forgetful', 'run_layers', 'word_logprobs', 'score_tokens']
 
 # %% ../nbs/20_model.ipynb #6bca2b1c
 import dataclasses, functools, re, jax, jax.numpy as jnp, numpy as np
@@ -301,6 +301,13 @@ def join(parts: tuple) -> Float[Array, 'B T D']:
     return jnp.concatenate([jnp.tile(part, (len(rest)//len(part), 1, 1)) for part in first] + [rest], axis=1)
 
 # %% ../nbs/20_model.ipynb #967e0826
+def forgetful(step): # (layer, parts) → parts, the same
+    "Keep nothing of a layer for the backward pass but what enters it; some of its parameters may be frozen."
+    def again(layer, parts):
+        graph, state = nnx.split(layer)
+        return jax.checkpoint(lambda state, parts: step(nnx.merge(graph, state), parts))(state, parts)
+    return again
+
 def run_layers(
     layers: list, # Of `Block`s
     x: Float[Array, 'B T D'],
@@ -314,7 +321,7 @@ def run_layers(
     "The stream after `layers`."
     parts, angles, masks = cut(x, angles, mask, shared, twins)
     step = lambda layer, parts: read(layer, parts, angles, masks)[0]
-    if remat: step = nnx.remat(step)
+    if remat: step = forgetful(step)
     if not (scan and layers):
         for layer in layers: parts = step(layer, parts)
         return join(parts)

@@ -6,7 +6,7 @@ import pytest
 root = Path(__file__).resolve().parent.parent
 
 @pytest.mark.slow
-@pytest.mark.parametrize('name', ['layers', 'generate', 'train', 'serve'])
+@pytest.mark.parametrize('name', ['layers', 'generate', 'train', 'serve', 'switches'])
 def test_a_benchmark_tells_each_measurement_and_a_table(name):
     done = subprocess.run([sys.executable, root/'bench'/f'{name}.py', '--tiny', '--repeats', '2'], cwd=root, capture_output=True, text=True,
                           env=os.environ | {'PYTHONPATH': str(root)}, timeout=300)

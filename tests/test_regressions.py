@@ -7,11 +7,13 @@ from rlhf_lab.config import parse
 from rlhf_lab.core import Batch, LabError, Rollout, UsageError
 from rlhf_lab.generate import generate
 from rlhf_lab.lora import add_head, add_lora, merge_lora
+from rlhf_lab.model import ModelConfig, Transformer
 from rlhf_lab.online import add_group_advantages, contest, duel_loss, grpo_advantages, grpo_loss, online_loss, rloo_advantages
 from rlhf_lab.ppo import (ActorCritic, PPOConfig, add_advantages, appraise, assess, check_ratio, check_start, describe, ended, gae, ppo_loss, practise, shaped_rewards)
 from rlhf_lab.practise import OnlineConfig, train_online, train_ppo
 from rlhf_lab.runs import Run
-from rlhf_lab.train import init_state
+from rlhf_lab.sft import sft_loss
+from rlhf_lab.train import adamw, init_state, make_step
 
 @functools.cache
 def rollout_of(temperature=1., new=6):
@@ -176,3 +178,17 @@ def test_ppo_takes_no_score_that_is_none():
 
 def test_groups_are_whole():
     with pytest.raises(LabError, match='6 completions do not make groups of 4'): rloo_advantages(jnp.ones(6), 4)
+
+@pytest.mark.parametrize('switch', ['remat', 'scan'])
+@pytest.mark.parametrize('top', [None, 2])
+def test_memory_switches_work_on_a_frozen_trunk(switch, top):
+    "`nnx.remat` raised TraceContextError where only adapters learn, which is the default."
+    found, batch = [], Batch(jnp.arange(24).reshape(2, 12), jnp.ones((2, 12), bool))
+    for on in (False, True):
+        model = Transformer(ModelConfig(50, 16, 4, 2, 1, 8, 32), key=jax.random.key(0))
+        setattr(model, switch, on)
+        role, optimizer = add_lora(model, key=jax.random.key(1), rank=2, top=top), adamw(1e-3)
+        state, step = init_state(role, optimizer), make_step(sft_loss, optimizer)
+        for _ in range(2): state, measured = step(state, batch)
+        found.append((float(measured['loss']), float(measured['grad_norm'])))
+    np.testing.assert_allclose(*found, rtol=1e-5)
