@@ -28,13 +28,13 @@ def states_of(rows: list, model, tokenizer, depths: list, length: int, batch_siz
             below, known = depth, model.norm(x)
             for name, pool in POOLS.items(): found[f'{depth}.{name}'] = jnp.stack(jnp.split(pool(known, batch), 2), 1)
         return found
-    batches, found, start = Batches(examples, batch_size, drop_last=False), {}, time.time()
+    batches, found, start = Batches(examples, batch_size, drop_last=False, widths=tuple(range(64, length + 1, 64))), {}, time.time()
     for i, pairs in enumerate(batches):
         for name, values in look(state, pairs).items():
             kept = found.setdefault(name, np.zeros((len(rows), *values.shape[1:]), np.float32))
             for at, value in zip(batches.index, np.asarray(values)):
                 if at >= 0: kept[at] = value
-        if i % 10 == 0: print(f'{i + 1}/{len(batches)} batches, {time.time() - start:.0f} s', flush=True)
+        if i % 5 == 0: print(f'{i + 1}/{len(batches)} batches, {time.time() - start:.0f} s', flush=True)
     return found
 
 def probe(states: np.ndarray, strength: float): # For `cross_validate`
@@ -70,9 +70,9 @@ def main():
     parser.add_argument('data')
     parser.add_argument('--model', default=TrainConfig().model)
     parser.add_argument('--out', default='states.safetensors')
-    parser.add_argument('--layers', type=int, nargs='+', default=[10, 15, 20, 25, 30])
-    parser.add_argument('--length', type=int, default=384, help='tokens of a text; what is too long loses its beginning')
-    parser.add_argument('--batch-size', type=int, default=8)
+    parser.add_argument('--layers', type=int, nargs='+', default=[8, 14, 20])
+    parser.add_argument('--length', type=int, default=384, help='tokens of a text, a multiple of 64; what is too long loses its beginning')
+    parser.add_argument('--batch-size', type=int, default=32)
     parser.add_argument('--seeds', type=int, default=3)
     args = parser.parse_args()
     model, tokenizer = load_model(args.model, 'float32')

@@ -254,7 +254,7 @@ def common_start(rows: list) -> int: # 0 where it would not be worth the while
     found = int(np.argmin(np.append(same, False)))
     return found if found >= 8 else 0
 
-STEPS = *range(8, 65, 8), 80, 96, 128, 160, 192, 256, 384, 512, 768, 1024, 1536, 2048
+STEPS = 32, 64, 128, 256, 512, 1024, 2048
 
 def first_difference(a: np.ndarray, b: np.ndarray) -> int:
     "How many tokens two texts begin with alike."
@@ -323,6 +323,7 @@ class Batches:
             raise DataError('an example without a prompt cannot be packed: its first token follows nothing')
         self.examples, self.lengths, self.widths = examples, lengths, np.sort(widths)
         self.shared = 0 if pack else common_start([side[0] for e in examples for side in (e if self.pairs else (e,))])
+        self.alike = [first_difference(*(side[0] for side in e)) for e in examples] if self.pairs else []
         self.batch_size, self.seed, self.epochs, self.drop_last, self.pack = batch_size, seed, epochs, drop_last, pack
         self.extras = {name: np.asarray(v) if hasattr(v, 'ndim') else v for name, v in (extras or {}).items()}
         if odd := next((name for name, v in self.extras.items() if len(v) != len(examples)), None):
@@ -368,9 +369,9 @@ class Batches:
         return made
 
     def read_once(self, rows: list[list[int]], width: int) -> int:
-        "How many tokens begin both sides of every pair alike, in steps, as each length is a program of its own; 0 where it would save less than an eighth."
-        least = min((first_difference(*(side[0] for side in self.examples[row[0]])) for row in rows if row), default=0)
-        found = max((n for n in STEPS if n <= min(least, width - 1)), default=0)
+        "How many tokens begin both sides of every pair alike, in coarse steps, as each length is a program of its own; 0 where it would save less than an eighth."
+        least = min((self.alike[row[0]] for row in rows if row), default=0)
+        found = max((n for n in (min(self.alike)//8*8, *STEPS) if n <= min(least, width - 1)), default=0)
         return found if 8*(found - self.shared) >= width else 0
 
     def __iter__(self):
