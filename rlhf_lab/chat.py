@@ -160,6 +160,7 @@ def sampling_controls() -> list:
         gr.Slider(8, 256, 64, step=8, label='Longest answer', info='in tokens'),
         gr.Number(0, label='Seed', info='same seed, same words', precision=0, minimum=0, maximum=2**31 - 1)]
 
+# %% ../nbs/54_chat.ipynb #7e74d97f
 def moment_looks(models) -> list: # Keywords of a slider for each of MOVED
     "How far back each of them can be asked."
     last = {stage: max(steps_of(models, stage), default=0) for stage in MOVED}

@@ -192,6 +192,7 @@ def examination(
     rival, *others = (look('sft', jax.tree.map(lambda x: x[k::samples + 1], many)) for k in range(samples + 1))
     return template, answer, rival, others
 
+# %% ../nbs/47_compare.ipynb #54e225de
 def compare_methods(
     config: CompareConfig,
     start: Start = None, # None: what `config.start` says

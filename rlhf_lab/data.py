@@ -247,6 +247,7 @@ def collate(
             tokens[r, here], mask[r, here], segments[r, here] = ids, trained, s
     return Batch(tokens=tokens, mask=mask, segments=segments if pack else None, shared=shared)
 
+# %% ../nbs/11_data.ipynb #42935592
 def common_start(rows: list) -> int: # 0 where it would not be worth the while
     "How many tokens all rows begin with, their last one apart."
     most = min(map(len, rows)) - 1
@@ -261,6 +262,7 @@ def first_difference(a: np.ndarray, b: np.ndarray) -> int:
     least = min(len(a), len(b))
     return int(np.argmin(np.append(np.asarray(a[:least]) == np.asarray(b[:least]), False)))
 
+# %% ../nbs/11_data.ipynb #c29a6266
 def pack_rows(
     order: np.ndarray, # [N] the examples, shuffled
     lengths: np.ndarray, # [N] of each example, in tokens

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ModelConfig', 'dot', 'fast_precision', 'Linear', 'Norm', 'rope_frequencies', 'rope', 'row_positions', 'causal_mask',
-           'attention', 'rows_meet', 'swiglu', 'Block', 'Transformer', 'cut', 'beside', 'apart', 'read', 'join',
+           'attention', 'rows_meet', 'swiglu', 'Block', 'Transformer', 'beside', 'apart', 'cut', 'read', 'join',
            'forgetful', 'run_layers', 'word_logprobs', 'score_tokens']
 
 # %% ../nbs/20_model.ipynb #6bca2b1c
@@ -259,6 +259,15 @@ class Transformer(nnx.Module):
     @property
     def stream(self): return jnp.promote_types(self.dtype, jnp.float32)
 
+# %% ../nbs/20_model.ipynb #816824a6
+def beside(x: Float[Array, 'B T D']) -> Float[Array, 'B T D']:
+    "Row i and row B/2 + i as neighbours."
+    return x.reshape(2, -1, *x.shape[1:]).swapaxes(0, 1).reshape(x.shape)
+
+def apart(x: Float[Array, 'B T D']) -> Float[Array, 'B T D']:
+    "What `beside` brought together."
+    return x.reshape(-1, 2, *x.shape[1:]).swapaxes(0, 1).reshape(x.shape)
+
 # %% ../nbs/20_model.ipynb #999c5b29
 def cut(
     x: Float[Array, 'B T D'],
@@ -276,14 +285,7 @@ def cut(
     turns = [None if angles is None else angles[:rows, start:end] for (rows, end), start in zip(ends, starts)]
     return tuple(parts), tuple(turns), tuple(mask[:rows, :, start:end, :end] for (rows, end), start in zip(ends, starts))
 
-def beside(x: Float[Array, 'B T D']) -> Float[Array, 'B T D']:
-    "Row i and row B/2 + i as neighbours."
-    return x.reshape(2, -1, *x.shape[1:]).swapaxes(0, 1).reshape(x.shape)
-
-def apart(x: Float[Array, 'B T D']) -> Float[Array, 'B T D']:
-    "What `beside` brought together."
-    return x.reshape(-1, 2, *x.shape[1:]).swapaxes(0, 1).reshape(x.shape)
-
+# %% ../nbs/20_model.ipynb #bd4d8425
 def read(layer: Block, parts: tuple, angles: tuple, masks: tuple) -> tuple: # The streams, and the (keys, values) of each part
     "One layer for all parts, each looking back at the ones before."
     done, memory = [], []
