@@ -282,6 +282,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'rlhf_lab.data.Batches.__init__': ('data.html#batches.__init__', 'rlhf_lab/data.py'),
                                'rlhf_lab.data.Batches.__iter__': ('data.html#batches.__iter__', 'rlhf_lab/data.py'),
                                'rlhf_lab.data.Batches.__len__': ('data.html#batches.__len__', 'rlhf_lab/data.py'),
+                               'rlhf_lab.data.Batches.alike': ('data.html#batches.alike', 'rlhf_lab/data.py'),
                                'rlhf_lab.data.Batches.batch': ('data.html#batches.batch', 'rlhf_lab/data.py'),
                                'rlhf_lab.data.Batches.fingerprint': ('data.html#batches.fingerprint', 'rlhf_lab/data.py'),
                                'rlhf_lab.data.Batches.plan': ('data.html#batches.plan', 'rlhf_lab/data.py'),

@@ -325,7 +325,6 @@ class Batches:
             raise DataError('an example without a prompt cannot be packed: its first token follows nothing')
         self.examples, self.lengths, self.widths = examples, lengths, np.sort(widths)
         self.shared = 0 if pack else common_start([side[0] for e in examples for side in (e if self.pairs else (e,))])
-        self.alike = [first_difference(*(side[0] for side in e)) for e in examples] if self.pairs else []
         self.batch_size, self.seed, self.epochs, self.drop_last, self.pack = batch_size, seed, epochs, drop_last, pack
         self.extras = {name: np.asarray(v) if hasattr(v, 'ndim') else v for name, v in (extras or {}).items()}
         if odd := next((name for name, v in self.extras.items() if len(v) != len(examples)), None):
@@ -369,6 +368,10 @@ class Batches:
             if name == 'weight' and made.weight is not None: value = value*made.weight
             made = made.replace(**{field: getattr(made, field).replace(**{inner: value}) if inner else value})
         return made
+
+    @functools.cached_property
+    def alike(self) -> list: # Of pairs: how many tokens begin both sides of each alike
+        return [first_difference(*(side[0] for side in example)) for example in self.examples]
 
     def read_once(self, rows: list[list[int]], width: int) -> int:
         "How many tokens begin both sides of every pair alike, in coarse steps, as each length is a program of its own; 0 where it would save less than an eighth."

@@ -490,15 +490,20 @@ def test_a_first_visit_without_checkpoints_base_model_or_network(browser, tmp_pa
         assert shops[0].process.wait(5) and not [url for url in asked if not url.startswith((address, 'data:', 'blob:'))]
         context.close()
 
-@pytest.mark.e2e
-def test_a_point_of_the_frontier_leads_to_the_chat_as_it_was(visit, toy):
+@pytest.fixture
+def checkpoints(toy):
+    "Two of PPO, and what was measured of them."
     point = lambda method, step, kl: dict(method=method, step=step, kl=[kl]*4, gold=[.1*step]*4, reward=[.2*step]*4)
     for name, points in {'ppo': [point('ppo', 2, 3.), point('ppo', 4, 5.)], 'best-of-n': [point('sft', 0, 0.)]}.items():
         place = Path(f'{toy}-frontier')/name
         place.mkdir(parents=True); (place/'points.json').write_text(json.dumps(points))
     (Path(toy)/'ppo'/'adapters').mkdir(parents=True)
     for step in (2, 4): (Path(toy)/'ppo'/'adapters'/f'{step}.safetensors').touch()
-    visit.reload(); visit.wait_for_selector('#send')
+    yield
+    shutil.rmtree(Path(toy)/'ppo'); shutil.rmtree(f'{toy}-frontier')
+
+@pytest.mark.e2e
+def test_a_point_of_the_frontier_leads_to_the_chat_as_it_was(checkpoints, visit):
     visit.get_by_role('tab', name='Training').click()
     visit.wait_for_selector('#trails .plot')
     visit.get_by_role('button', name='PPO 2: 3 nats').click()
