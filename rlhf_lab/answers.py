@@ -105,17 +105,17 @@ def weights_hash(files: list) -> str:
 MOVED = 'ppo', 'dpo' # Stages that begin as the SFT model
 
 def steps_of(models, stage: str) -> list[int]:
-    "After how many updates a model was put aside while it was trained."
+    "After how many steps (PPO: rollouts, DPO: updates) a model was put aside while it was trained."
     place = Path(getattr(models, 'folder', None) or '.')/stage/'adapters'
     return sorted(int(file.stem) for file in place.glob('*.safetensors') if file.stem.isdigit()) if stage in MOVED else []
 
 def nearest(models, asked: dict) -> dict: # Stage → updates: the same, where the last one is left out
     "The checkpoints that are nearest before the updates that somebody asks for; 0 is the SFT model."
     kept = {stage: [0, *steps_of(models, stage)] for stage in asked}
-    return {stage: max(step for step in kept[stage] if step <= max(n, 0)) for stage, n in asked.items() if 0 <= n < kept[stage][-1]}
+    return {stage: max(step for step in kept[stage] if step <= n) for stage, n in asked.items() if 0 <= n < kept[stage][-1]}
 
 def as_it_was(models, stage: str, step: int) -> tuple: # model, tokenizer, SHA-256 of the SFT model and the adapter
-    "A model after `step` updates. Raises LabError when that was not put aside."
+    "A model after `step` steps. Raises LabError when that was not put aside."
     import jax
     from rlhf_lab.lora import add_lora, load_adapter, merge_lora
     from rlhf_lab.train import TrainConfig
@@ -123,7 +123,7 @@ def as_it_was(models, stage: str, step: int) -> tuple: # model, tokenizer, SHA-2
     sft, tokenizer, weights = models.load('sft')
     if step == 0: return sft, tokenizer, weights
     file = Path(models.folder)/stage/'adapters'/f'{step}.safetensors'
-    if step not in steps_of(models, stage): raise LabError(f'{stage} was not put aside after {step} updates: there are {steps_of(models, stage)}')
+    if step not in steps_of(models, stage): raise LabError(f'{stage} was not put aside after step {step}: there are {steps_of(models, stage)}')
     stamp = weights, file, file.stat().st_mtime_ns
     if models.loaded.get(f'{stage}@', [None])[0] != stamp: # one for each stage
         how = config_of(file.parent.parent, TrainConfig)

@@ -32,7 +32,7 @@ def card(stage: str, answer: Answer) -> str:
     facts = f'<span>{count}{finish}</span>' if answer.state in ('writing', 'done') else ''
     name = f'<span class="id" title="{answer.id}">#{answer.id[-6:]}</span>' if answer.id else ''
     _, _, step = ((answer.origin or {}).get('model') or '').partition('@')
-    if step: what = f'as it was after {inert(step)} updates'
+    if step: what = f'as it was after step {inert(step)}'
     head = f'<h2>{title}</h2><p class="what">{what}</p>'
     return f'<div class="card {answer.state}">{head}{body}<p class="facts">{facts} {name}</p></div>'
 
@@ -74,7 +74,7 @@ BUSY, IDLE = [gr.update(interactive=False), gr.update(visible=True)], [gr.update
 class Desk(Asking):
     "What the chat can do: one method for each event."
     async def ask(self, prompt: str, chosen: list, temperature: float, max_new_tokens: int, seed: int, ppo: int, dpo: int, who: str,
-            request: gr.Request): # ppo, dpo: after how many updates
+            request: gr.Request): # ppo, dpo: after how many steps: rollouts, and updates
         "Answers as they grow: status, send, stop, panel, ids, then the columns."
         stages, ids, ended = tuple(stage for stage in COLUMNS if stage in (chosen or ())), {}, {}
         steps = nearest(self.models, {stage: within(n, 0, 10**6) for stage, n in zip(MOVED, (ppo, dpo))})
@@ -168,7 +168,7 @@ def moment_looks(models) -> list: # Keywords of a slider for each of MOVED
 
 def moment_controls(models) -> list:
     "A slider over the checkpoints of each model that was trained from the SFT model."
-    return [gr.Slider(0, step=1, label=f'{COLUMNS[stage][0]} after how many updates', info='the nearest checkpoint before; 0: SFT', elem_id=f'moment-{stage}', **look)
+    return [gr.Slider(0, step=1, label=f'{COLUMNS[stage][0]} after how many steps', info='the nearest checkpoint before; 0: SFT', elem_id=f'moment-{stage}', **look)
         for stage, look in zip(MOVED, moment_looks(models))]
 
 def answer_columns(models) -> tuple: # The columns, and the card, 👍, 👎 of each stage

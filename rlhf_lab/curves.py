@@ -127,7 +127,7 @@ def trails_shown(found: dict) -> str: # Of `trails`
             body += ''.join(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3.5" fill="{color}"/><text x="{x + 5:.1f}" y="{y - 5:.1f}" fill="{color}">{row["step"]}</text>'
                 for x, y, row in zip(xs, ys, found[stage]))
             if not side: body += f'<text x="{xs[-1] + 5:.1f}" y="{ys[-1] + 15:.1f}" fill="{color}" font-size="13" font-weight="600">{COLUMNS[stage][0]}</text>'
-    return '<div class="frontier"><h3>The way there</h3></div>' + picture(body, 660, 242, 'checkpoints: ' + '; '.join(f'{COLUMNS[stage][0]} after {row["step"]} updates: gold score {figure(row["gold"])}, reward {figure(row["reward"])}, {figure(row["kl"])} nats'
+    return '<div class="frontier"><h3>The way there</h3></div>' + picture(body, 660, 242, 'checkpoints: ' + '; '.join(f'{COLUMNS[stage][0]} after step {row["step"]}: gold score {figure(row["gold"])}, reward {figure(row["reward"])}, {figure(row["kl"])} nats'
         for stage, rows in found.items() for row in rows))
 
 # %% ../nbs/58_curves.ipynb #dbbb9e46
