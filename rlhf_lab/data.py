@@ -371,13 +371,15 @@ class Batches:
 
     @functools.cached_property
     def alike(self) -> list: # Of pairs: how many tokens begin both sides of each alike
+        "How much of each pair could be read once."
         return [first_difference(*(side[0] for side in example)) for example in self.examples]
 
     def read_once(self, rows: list[list[int]], width: int) -> int:
-        "How many tokens begin both sides of every pair alike, in coarse steps, as each length is a program of its own; 0 where it would save less than an eighth."
+        "How many tokens begin both sides of every pair alike: what all pairs have in common, else one of few steps, as each length is a program of its own; 0 where it would save less than an eighth."
+        pays = lambda n: n < width and 8*(n - self.shared) >= width
+        if pays(common := min(self.alike)//8*8): return common
         least = min((self.alike[row[0]] for row in rows if row), default=0)
-        found = max((n for n in (min(self.alike)//8*8, *STEPS) if n <= min(least, width - 1)), default=0)
-        return found if 8*(found - self.shared) >= width else 0
+        return max((n for n in STEPS if n <= least and pays(n)), default=0)
 
     def __iter__(self):
         if self.spent: self.epoch, self.position, self.spent = 0, 0, False
